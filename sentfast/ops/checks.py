@@ -1,0 +1,31 @@
+"""Argument checks shared by the operators: each message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{x.dtype} of shape {list(x.shape)} on {x.device}"
+    return f"{type(x).__name__}"
+
+
+def floats(name: str, x: object, ndim: str, ranks: tuple[int, ...] | None = None) -> None:
+    """x is a dense floating-point tensor; `ndim` says the ranks in words, `ranks` lists them (None: at least 1)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {describe(x)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+    if (x.ndim < 1) if ranks is None else (x.ndim not in ranks):
+        raise ValueError(f"{name}: expected {ndim}, got {describe(x)}")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {x.device}")

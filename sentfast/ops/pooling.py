@@ -1,0 +1,162 @@
+"""Pooling of token embeddings into sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sentfast import reference
+from sentfast.ops import checks
+from sentfast.reference import POOLING_MODES
+from sentfast.registry import define
+
+_MODE_NUMBERS = {name: number for number, name in enumerate(POOLING_MODES)}
+_MAX_MODES = 8
+
+
+def _pool_fake(x, attention_mask, cu_seqlens, modes, prompt_length, normalize):
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    acc = reference.accumulation_dtype(x.dtype)
+    out = x.new_empty(batch, len(modes) * x.shape[-1])
+    norm = x.new_empty(batch if normalize else 0, dtype=acc)
+    argmax_shape = (batch, x.shape[-1]) if reference.MAX in modes else (0,)
+    return out, norm, x.new_empty(argmax_shape, dtype=torch.int32)
+
+
+def _pool_backward_fake(
+    grad, out, norm, argmax, attention_mask, cu_seqlens, modes, prompt_length, length, normalize
+):
+    dim = grad.shape[-1] // len(modes)
+    return grad.new_empty((length, dim) if cu_seqlens is not None else (grad.shape[0], length, dim))
+
+
+_pool = define(
+    "pool(Tensor x, Tensor? attention_mask, Tensor? cu_seqlens, int[] modes, int prompt_length, bool normalize)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=reference.pool,
+    fake=_pool_fake,
+)
+_pool_backward = define(
+    "pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, Tensor? attention_mask, Tensor? cu_seqlens,"
+    " int[] modes, int prompt_length, SymInt length, bool normalize) -> Tensor",
+    reference=reference.pool_backward,
+    fake=_pool_backward_fake,
+)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, attention_mask, cu_seqlens, modes, prompt_length, normalize):
+        out, norm, argmax = _pool(x, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+        ctx.save_for_backward(out if normalize else None, norm, argmax, attention_mask, cu_seqlens)
+        ctx.arguments = modes, prompt_length, x.shape[-2], normalize
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        out, norm, argmax, attention_mask, cu_seqlens = ctx.saved_tensors
+        out = grad if out is None else out  # not read unless normalised
+        grad_x = _pool_backward(grad, out, norm, argmax, attention_mask, cu_seqlens, *ctx.arguments)
+        return grad_x, None, None, None, None, None
+
+
+def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
+    names = (mode,) if isinstance(mode, str) else tuple(mode)
+    try:
+        numbers = [_MODE_NUMBERS[name] for name in names]
+    except (KeyError, TypeError):
+        raise ValueError(f"mode: expected one or several of {POOLING_MODES}, got {mode!r}") from None
+    if not 1 <= len(numbers) <= _MAX_MODES:
+        raise ValueError(f"mode: expected 1 to {_MAX_MODES} modes, got {len(numbers)}")
+    return numbers
+
+
+def _check_mask(mask: object, x: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor or None, got {checks.describe(mask)}")
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"attention_mask: expected a bool or integer tensor, got {checks.describe(mask)}")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"attention_mask: expected shape {list(x.shape[:2])}, got {checks.describe(mask)}")
+    checks.same_device("attention_mask", mask, "token_embeddings", x)
+
+
+def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected a tensor or None, got {checks.describe(cu_seqlens)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: expected int32, got {checks.describe(cu_seqlens)}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {checks.describe(cu_seqlens)}")
+    checks.same_device("cu_seqlens", cu_seqlens, "token_embeddings", x)
+    # On another device the values cannot be read without waiting for it; the kernels there clamp to the tensor.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.numpy()
+        if ends[0] != 0 or ends[-1] != x.shape[0] or (ends[1:] < ends[:-1]).any():
+            raise ValueError(
+                f"cu_seqlens: expected to rise from 0 to {x.shape[0]} (the number of tokens), got {cu_seqlens.tolist()}"
+                if ends.size <= 32
+                else f"cu_seqlens: expected to rise from 0 to {x.shape[0]} (the number of tokens)"
+            )
+
+
+def pool(
+    token_embeddings: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mode: str | Sequence[str] = "mean",
+    prompt_length: int = 0,
+    normalize: bool = False,
+) -> Tensor:
+    r"""Pools the token embeddings of each sentence into one vector, in one pass over the tokens in use.
+
+    .. math::
+        \text{mean} = \frac{\sum_t x_t}{n} \quad \text{mean\_sqrt\_len\_tokens} = \frac{\sum_t x_t}{\sqrt n} \quad
+        \text{weightedmean} = \frac{\sum_t (t+1)\, x_t}{\sum_t (t+1)}
+
+    with t counted from the sentence's first token and n its tokens in use; ``max`` is taken per column, ``cls`` is the
+    first token, ``lasttoken`` the last. Padding is never read, so NaN in it does no harm; NaN in a token stays NaN.
+
+    Args:
+        token_embeddings: [B, L, D] padded or [T, D] packed; float32, bfloat16, float16 (float64 by plain PyTorch).
+        attention_mask: [B, L], bool or integer, non-zero where there is a token; any pattern. None: all tokens.
+        cu_seqlens: int32 [B + 1], rising from 0 to T: sentence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        mode: one of "mean", "max", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", or several.
+        prompt_length: leave out that many tokens at the start of each sentence (``include_prompt=False``).
+        normalize: divide each result by max(its L2 norm, 1e-12).
+
+    Returns:
+        [B, len(mode) * D], several modes side by side in the order given; the dtype of token_embeddings. Sums
+        accumulate in float32 (float64 for float64). A sentence with no tokens in use gives 0 for the means and
+        ``lasttoken``, -inf for ``max``, and for ``cls`` its first position.
+
+    Raises:
+        TypeError, ValueError: naming the argument. On a GPU the values of cu_seqlens are not read; bad ones are clamped.
+
+    Gradients: to token_embeddings; ``max`` passes it to the first largest token. Not differentiable twice; torch.func
+    transforms (vmap, jvp) are refused by PyTorch. Autocast does not change the result.
+
+    Follows ``Pooling.forward`` and ``Normalize.forward`` of sentence-transformers 6.2.
+    """
+    packed = cu_seqlens is not None
+    if packed:
+        checks.floats("token_embeddings", token_embeddings, "[T, D] with cu_seqlens", (2,))
+        if attention_mask is not None:
+            raise ValueError("attention_mask: expected None with cu_seqlens, got both")
+        _check_cu_seqlens(cu_seqlens, token_embeddings)
+    else:
+        checks.floats("token_embeddings", token_embeddings, "[B, L, D], or [T, D] with cu_seqlens", (3,))
+        if attention_mask is not None:
+            _check_mask(attention_mask, token_embeddings)
+    if prompt_length < 0:
+        raise ValueError(f"prompt_length: expected 0 or more, got {prompt_length}")
+    arguments = (token_embeddings, attention_mask, cu_seqlens, _mode_numbers(mode), prompt_length, normalize)
+    if token_embeddings.requires_grad and torch.is_grad_enabled():
+        return _Pool.apply(*arguments)
+    return _pool(*arguments)[0]

@@ -1,0 +1,285 @@
+"""L2 normalisation and similarity of embeddings, as a matrix and row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sentfast import reference
+from sentfast.ops import checks
+from sentfast.reference import NORMALIZE_EPS, PAIRWISE_METRICS, accumulation_dtype
+from sentfast.registry import define
+
+_HALF = (torch.bfloat16, torch.float16)  # Triton reaches the tensor cores; for float32 CUDA C++ comes first
+
+
+def _l2_normalize_fake(x, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
+        x.shape[:-1], dtype=accumulation_dtype(x.dtype)
+    )
+
+
+def _l2_normalize_backward_fake(grad, x, norm, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _dot_similarity_fake(a, b):
+    dtype = torch.promote_types(accumulation_dtype(a.dtype), accumulation_dtype(b.dtype))
+    return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=dtype)
+
+
+def _cosine_similarity_fake(a, b, eps):
+    scores = _dot_similarity_fake(a, b)
+    return scores, scores.new_empty(a.shape[:-1]), scores.new_empty(b.shape[:-1])
+
+
+def _pairwise_fake(a, b, metric, eps):
+    scores = a.new_empty(a.shape[:-1], dtype=accumulation_dtype(a.dtype))
+    norms = a.shape[:-1] if metric == reference.COSINE else (0,)
+    return scores, scores.new_empty(norms), scores.new_empty(norms)
+
+
+def _pairwise_backward_fake(grad, a, b, scores, norm_a, norm_b, metric, eps):
+    return _l2_normalize_backward_fake(grad, a, norm_a, eps), _l2_normalize_backward_fake(grad, b, norm_b, eps)
+
+
+_l2_normalize = define(
+    "l2_normalize(Tensor x, float eps) -> (Tensor, Tensor)",
+    reference=reference.l2_normalize,
+    fake=_l2_normalize_fake,
+)
+_l2_normalize_backward = define(
+    "l2_normalize_backward(Tensor grad, Tensor x, Tensor norm, float eps) -> Tensor",
+    reference=reference.l2_normalize_backward,
+    fake=_l2_normalize_backward_fake,
+)
+_dot_similarity = define(
+    "dot_similarity(Tensor a, Tensor b) -> Tensor",
+    reference=reference.dot_similarity,
+    fake=_dot_similarity_fake,
+    prefer_triton=_HALF,
+)
+_cosine_similarity = define(
+    "cosine_similarity(Tensor a, Tensor b, float eps) -> (Tensor, Tensor, Tensor)",
+    reference=reference.cosine_similarity,
+    fake=_cosine_similarity_fake,
+    prefer_triton=_HALF,
+)
+_pairwise_similarity = define(
+    "pairwise_similarity(Tensor a, Tensor b, int metric, float eps) -> (Tensor, Tensor, Tensor)",
+    reference=reference.pairwise_similarity,
+    fake=_pairwise_fake,
+)
+_pairwise_similarity_backward = define(
+    "pairwise_similarity_backward(Tensor grad, Tensor a, Tensor b, Tensor scores, Tensor norm_a, Tensor norm_b,"
+    " int metric, float eps) -> (Tensor, Tensor)",
+    reference=reference.pairwise_similarity_backward,
+    fake=_pairwise_backward_fake,
+)
+
+
+class _L2Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, eps):
+        y, norm = _l2_normalize(x, eps)
+        ctx.save_for_backward(x, norm)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        x, norm = ctx.saved_tensors
+        return _l2_normalize_backward(grad, x, norm, ctx.eps), None
+
+
+class _DotSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a, b):
+        ctx.save_for_backward(a, b)
+        return _dot_similarity(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        a, b = ctx.saved_tensors
+        grad_a = _dot_similarity(grad, b.mT).to(a.dtype) if ctx.needs_input_grad[0] else None
+        grad_b = _dot_similarity(grad.mT, a.mT).to(b.dtype) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b
+
+
+class _CosineSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a, b, eps):
+        scores, norm_a, norm_b = _cosine_similarity(a, b, eps)
+        ctx.save_for_backward(a, b, norm_a, norm_b)
+        ctx.eps = eps
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        a, b, norm_a, norm_b = ctx.saved_tensors
+        eps = ctx.eps
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:  # through the matrix to the unit vectors, then through the normalisation
+            grad_unit_a = _dot_similarity(grad, _l2_normalize(b, eps)[0].mT)
+            grad_a = _l2_normalize_backward(grad_unit_a, a, norm_a, eps)
+        if ctx.needs_input_grad[1]:
+            grad_unit_b = _dot_similarity(grad.mT, _l2_normalize(a, eps)[0].mT)
+            grad_b = _l2_normalize_backward(grad_unit_b, b, norm_b, eps)
+        return grad_a, grad_b, None
+
+
+class _PairwiseSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a, b, metric, eps):
+        scores, norm_a, norm_b = _pairwise_similarity(a, b, metric, eps)
+        ctx.save_for_backward(a, b, scores, norm_a, norm_b)
+        ctx.arguments = metric, eps
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        grad_a, grad_b = _pairwise_similarity_backward(grad, *ctx.saved_tensors, *ctx.arguments)
+        return grad_a, grad_b, None, None
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+
+
+def _check_pair(a: Tensor, b: Tensor, ndim: str) -> None:
+    checks.floats("a", a, ndim)
+    checks.floats("b", b, ndim)
+    if a.dtype != b.dtype:
+        raise TypeError(f"b: expected the dtype of a ({a.dtype}), got {b.dtype}")
+    checks.same_device("b", b, "a", a)
+
+
+def _matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks a and b as operands of a batched matrix and broadcasts their batch dimensions."""
+    _check_pair(a, b, "[..., N, D]")
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"b: expected [..., M, D] with a as [..., N, D], got a of shape {list(a.shape)}, b of shape {list(b.shape)}"
+        )
+    if a.shape[:-2] == b.shape[:-2]:
+        return a, b
+    try:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"b: expected batch dimensions that broadcast with those of a, got {list(a.shape)} and {list(b.shape)}"
+        ) from None
+    return a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+
+
+def l2_normalize(x: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
+    r"""Scales each vector to unit length: :math:`x / \max(\lVert x \rVert_2, \text{eps})`.
+
+    Args:
+        x: [..., D]; float32, bfloat16, float16 (float64 by plain PyTorch); any strides.
+        eps: the smallest denominator; a zero vector stays zero.
+
+    Returns:
+        [..., D], contiguous, in x's dtype. The norm accumulates in float32 (float64 for float64) and is not rounded
+        to a half dtype, so the result is nearer to the exact one than PyTorch's.
+
+    Gradients: to x, not differentiable twice; torch.func transforms are refused by PyTorch; autocast changes nothing.
+
+    Follows ``torch.nn.functional.normalize(x, p=2, dim=-1)``.
+    """
+    checks.floats("x", x, "[..., D]")
+    _check_eps(eps)
+    return _L2Normalize.apply(x, eps) if _needs_grad(x) else _l2_normalize(x, eps)[0]
+
+
+def cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
+    r"""Cosine of every row of a with every row of b, without normalised copies of either.
+
+    .. math:: s_{ij} = \frac{a_i \cdot b_j}{\max(\lVert a_i \rVert, \text{eps}) \max(\lVert b_j \rVert, \text{eps})}
+
+    Args:
+        a: [..., N, D]; b: [..., M, D], the same dtype, batch dimensions that broadcast; any strides.
+        eps: the smallest norm; a zero vector has similarity 0 with everything.
+
+    Returns:
+        [..., N, M]; float32 for float32 and half inputs (products and norms accumulate in float32), else float64.
+
+    Gradients: to a and b, not differentiable twice; torch.func transforms are refused by PyTorch; autocast changes
+    nothing.
+
+    Follows ``sentence_transformers.util.cos_sim`` of 6.2, batched.
+    """
+    a, b = _matrices(a, b)
+    _check_eps(eps)
+    return _CosineSimilarity.apply(a, b, eps) if _needs_grad(a, b) else _cosine_similarity(a, b, eps)[0]
+
+
+def dot_similarity(a: Tensor, b: Tensor) -> Tensor:
+    r"""Dot product of every row of a with every row of b: :math:`s_{ij} = a_i \cdot b_j`.
+
+    Args:
+        a: [..., N, D]; b: [..., M, D], the same dtype, batch dimensions that broadcast; any strides.
+
+    Returns:
+        [..., N, M]; float32 for float32 and half inputs (products accumulate in float32), else float64.
+
+    Gradients: to a and b, not differentiable twice; torch.func transforms are refused by PyTorch; autocast changes
+    nothing.
+
+    Follows ``sentence_transformers.util.dot_score`` of 6.2, batched.
+    """
+    a, b = _matrices(a, b)
+    return _DotSimilarity.apply(a, b) if _needs_grad(a, b) else _dot_similarity(a, b)
+
+
+def pairwise_similarity(a: Tensor, b: Tensor, metric: str = "cosine", eps: float = NORMALIZE_EPS) -> Tensor:
+    r"""Similarity of row i of a with row i of b, in one pass over both.
+
+    cosine: :math:`\hat a \cdot \hat b`; dot: :math:`a \cdot b`; euclidean: :math:`-\lVert a - b \rVert_2`;
+    manhattan: :math:`-\lVert a - b \rVert_1`.
+
+    Args:
+        a, b: [..., D], the same dtype, shapes that broadcast; any strides.
+        metric: "cosine", "dot", "euclidean" or "manhattan".
+        eps: the smallest norm in a cosine.
+
+    Returns:
+        [...]; float32 for float32 and half inputs (sums accumulate in float32), else float64.
+
+    Gradients: to a and b; 0 for euclidean where a = b. Not differentiable twice; torch.func transforms are refused by
+    PyTorch; autocast changes nothing.
+
+    Follows the ``pairwise_*`` functions of ``sentence_transformers.util`` 6.2.
+    """
+    _check_pair(a, b, "[..., D]")
+    _check_eps(eps)
+    if metric not in PAIRWISE_METRICS:
+        raise ValueError(f"metric: expected one of {PAIRWISE_METRICS}, got {metric!r}")
+    if a.shape != b.shape:
+        if a.shape[-1] != b.shape[-1]:
+            raise ValueError(f"b: expected {a.shape[-1]} columns as a has, got {checks.describe(b)}")
+        try:
+            a, b = torch.broadcast_tensors(a, b)
+        except RuntimeError:
+            raise ValueError(f"b: expected a shape that broadcasts with {list(a.shape)}, got {list(b.shape)}") from None
+    number = PAIRWISE_METRICS.index(metric)
+    if _needs_grad(a, b):
+        return _PairwiseSimilarity.apply(a, b, number, eps)
+    return _pairwise_similarity(a, b, number, eps)[0]
+
+
+def pairwise_cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
+    """Cosine of row i of a with row i of b: :func:`pairwise_similarity` with metric "cosine"."""
+    return pairwise_similarity(a, b, "cosine", eps)

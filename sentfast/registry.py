@@ -1,0 +1,157 @@
+"""Operators and their backends: one table, and the rule that picks from it.
+
+A row (:class:`Op`) is a schema registered with PyTorch under ``torch.ops.sentfast``, its definition in
+``reference.py``, and the faster backends that exist for it:
+
+==========  ====================================  =========================================
+backend     what                                  used for
+==========  ====================================  =========================================
+cpu         compiled C++ (``csrc/cpu``)           CPU tensors
+cuda        compiled CUDA C++ (``csrc/cuda``)     CUDA tensors
+triton      Triton (``kernels``)                  CUDA tensors
+reference   plain PyTorch (``reference.py``)      everything else
+==========  ====================================  =========================================
+
+The rule: a forced backend wins (:func:`use_backend`, ``SENTFAST_BACKEND``) and is an error where it cannot run;
+else the device decides; a dtype or device without a kernel uses the reference, which ``SENTFAST_STRICT=1`` turns
+into an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from sentfast import native, report
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("sentfast", "DEF")
+# The compiled CUDA kernels live under a namespace of their own, so that one operator can have both them and Triton.
+_CUDA_LIBRARY = torch.library.Library("sentfast_cuda", "DEF")
+_forced: ContextVar[str | None] = ContextVar("sentfast_backend", default=None)
+
+ops: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call."""
+
+
+class Op:
+    """One operator: call it with the arguments of its schema; the first one is a tensor that decides device and dtype."""
+
+    def __init__(self, schema: str, reference: Callable, prefer_triton: tuple[torch.dtype, ...]):
+        self.name = schema.partition("(")[0]
+        self.reference = reference
+        self.prefer_triton = prefer_triton
+        self.triton: Callable | None = None
+        self.overload = getattr(torch.ops.sentfast, self.name).default
+        self.cuda = getattr(torch.ops.sentfast_cuda, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler sees one opaque operator; PyTorch picks the backend
+            x = args[0]
+            return self.overload(*args) if x.dtype in KERNEL_DTYPES else self.reference(*args)
+        backend, implementation = self.choose(args[0])
+        report.count(self.name, backend)
+        return implementation(*args)
+
+    def choose(self, x: torch.Tensor) -> tuple[str, Callable]:
+        """The backend for a call whose first tensor is x, and the function that runs it."""
+        forced = _forced.get() or _ENVIRONMENT_BACKEND
+        if forced is not None:
+            why = self.why_not(forced, x)
+            if why:
+                raise BackendError(f"sentfast: backend {forced!r} cannot run {self.name!r}: {why}.")
+            return forced, self.implementation(forced)
+        device = x.device.type
+        if x.dtype in KERNEL_DTYPES:
+            if device == "cpu" and native.cpu_loaded():
+                return "cpu", self.overload
+            if device == "cuda":
+                for backend in ("triton", "cuda") if x.dtype in self.prefer_triton else ("cuda", "triton"):
+                    if not self.why_not(backend, x):
+                        return backend, self.implementation(backend)
+        if _STRICT:
+            raise BackendError(f"sentfast: SENTFAST_STRICT=1 and {self.name!r} has no kernel here: {self.explain(x)}.")
+        return "reference", self.reference
+
+    def implementation(self, backend: str) -> Callable:
+        found = {"cpu": self.overload, "cuda": self.cuda, "triton": self.triton, "reference": self.reference}[backend]
+        assert found is not None, backend
+        return found
+
+    def why_not(self, backend: str, x: torch.Tensor) -> str:
+        """Why `backend` cannot run a call whose first tensor is x; empty if it can."""
+        if backend == "reference":
+            return ""
+        if x.dtype not in KERNEL_DTYPES:
+            return f"no kernel for {x.dtype}"
+        if backend == "triton":
+            return native.why_no_triton(x.device.type) or ("" if _triton(self) else "no Triton kernel")
+        if x.device.type != backend:
+            return f"the tensor is on {x.device}"
+        return native.why_no_cpu() if backend == "cpu" else native.why_no_cuda()
+
+    def explain(self, x: torch.Tensor) -> str:
+        """One line: every backend and why it cannot run the call."""
+        return "; ".join(f"{backend}: {self.why_not(backend, x) or 'available'}" for backend in BACKENDS)
+
+
+def define(
+    schema: str, *, reference: Callable, fake: Callable, prefer_triton: tuple[torch.dtype, ...] = ()
+) -> Op:
+    """Registers an operator: its schema, its definition as the default implementation, and its shape function."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _CUDA_LIBRARY.define(schema)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sentfast::{name}", fake, lib=_LIBRARY)
+    op = ops[name] = Op(schema, reference, prefer_triton)
+    _LIBRARY.impl(name, lambda *args: op(*args), "CUDA")
+    return op
+
+
+def implements(name: str) -> Callable[[Callable], Callable]:
+    """Decorator of a Triton implementation: same name, same arguments as the operator."""
+
+    def register(function: Callable) -> Callable:
+        ops[name].triton = function
+        return function
+
+    return register
+
+
+def _triton(op: Op) -> Callable | None:
+    native.load_triton()
+    return op.triton
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Forces a backend in this context: "cpu", "cuda", "triton" or "reference"; a call it cannot run is an error."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _environment_backend() -> str | None:
+    backend = os.environ.get("SENTFAST_BACKEND") or None
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"SENTFAST_BACKEND: expected one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+_ENVIRONMENT_BACKEND = _environment_backend()
+_STRICT = os.environ.get("SENTFAST_STRICT") == "1"

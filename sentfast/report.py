@@ -1,0 +1,85 @@
+"""What ran where: counters of operator calls by backend, and of calls handed to the original code by reason."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+logger = logging.getLogger("sentfast")
+logger.addHandler(logging.NullHandler())
+
+_lock = threading.Lock()
+_calls: Counter[tuple[str, str]] = Counter()
+_fallbacks: Counter[tuple[str, str]] = Counter()
+_logged: set[tuple[str, str]] = set()
+
+# Reason codes are stable: they may be matched by programs, and docs/reasons.md explains each.
+REASONS = {
+    "SF102": "dtype without a kernel",
+    "SF103": "device without a kernel",
+    "SF104": "form of the attention mask",
+    "SF105": "tensor layout (sparse or nested)",
+    "SF106": "features computed by another module (token_weights_sum, cls_token_embeddings)",
+    "SF107": "input of another type or shape than a batch of vectors",
+    "SF111": "version of sentence-transformers outside the tested range",
+    "SF115": "inside torch.jit tracing or a torch.func transform",
+}
+
+
+def count(op: str, backend: str) -> None:
+    """Counts one operator call."""
+    with _lock:
+        _calls[op, backend] += 1
+
+
+def fallback(site: str, code: str, detail: str = "") -> None:
+    """Counts one call handed to the original code; logs the first of its kind."""
+    with _lock:
+        _fallbacks[site, code] += 1
+        first = (site, code) not in _logged
+        _logged.add((site, code))
+    if first:
+        detail = f" ({detail})" if detail else ""
+        logger.info("%s runs the original code: %s%s [%s]", site, REASONS[code], detail, code)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Snapshot of the counters.
+
+    Attributes:
+        calls: (operator, backend) -> calls.
+        fallbacks: (patched function, reason code) -> calls that ran the original code.
+    """
+
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)
+    fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{op:32} {backend:10} {calls:>10,}" for (op, backend), calls in sorted(self.calls.items())]
+        lines += [
+            f"{site:32} {code:10} {calls:>10,}  original code: {REASONS[code]}"
+            for (site, code), calls in sorted(self.fallbacks.items())
+        ]
+        return "\n".join(lines) or "nothing ran yet"
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, int]]]:
+        """{"calls": {operator: {backend: n}}, "fallbacks": {function: {code: n}}}, ready for JSON."""
+        nested: dict[str, dict[str, dict[str, int]]] = {"calls": {}, "fallbacks": {}}
+        for name, table in (("calls", self.calls), ("fallbacks", self.fallbacks)):
+            for (key, inner), n in table.items():
+                nested[name].setdefault(key, {})[inner] = n
+        return nested
+
+
+def report(*, reset: bool = False) -> Report:
+    """Counts of what ran where since the start or the last reset."""
+    with _lock:
+        snapshot = Report(dict(_calls), dict(_fallbacks))
+        if reset:
+            _calls.clear()
+            _fallbacks.clear()
+            _logged.clear()
+    return snapshot
