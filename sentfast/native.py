@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,39 +50,45 @@ def why_unfit(info: dict[str, Any]) -> str:
     return ""
 
 
-class _State:
+@dataclass
+class State:
+    """What was opened, and why something was not."""
+
     cpu: ModuleType | None = None
-    cpu_problem = ""
-    cuda = False
-    cuda_problem = ""
+    cpu_problem: str = ""
+    cuda: bool = False
+    cuda_problem: str = ""
+
+
+state = State()
 
 
 def _load_cpu() -> None:
-    _State.cpu_problem = why_unfit(build_info())
-    if not _State.cpu_problem:
+    state.cpu_problem = why_unfit(build_info())
+    if not state.cpu_problem:
         try:
-            _State.cpu = importlib.import_module("sentfast._C")
+            state.cpu = importlib.import_module("sentfast._C")
         except ImportError as error:
-            _State.cpu_problem = f"it did not load: {error}"
-    if _State.cpu_problem and build_info():
-        logger.warning("the compiled library is not used, %s. Mend it with: %s", _State.cpu_problem, MEND)
+            state.cpu_problem = f"it did not load: {error}"
+    if state.cpu_problem and build_info():
+        logger.warning("the compiled library is not used, %s. Mend it with: %s", state.cpu_problem, MEND)
 
 
 def _load_cuda() -> None:
     path = _FOLDER / "_cuda.so"
     if torch.version.cuda is None:
-        _State.cuda_problem = f"this PyTorch ({torch.__version__}) has no CUDA"
+        state.cuda_problem = f"this PyTorch ({torch.__version__}) has no CUDA"
     elif not build_info().get("cuda"):
-        _State.cuda_problem = "the package was built without nvcc"
-    elif _State.cpu_problem:
-        _State.cuda_problem = _State.cpu_problem
+        state.cuda_problem = "the package was built without nvcc"
+    elif state.cpu_problem:
+        state.cuda_problem = state.cpu_problem
     else:
         try:
             torch.ops.load_library(str(path))
-            _State.cuda = True
+            state.cuda = True
         except OSError as error:
-            _State.cuda_problem = f"it did not load: {error}"
-            logger.warning("the compiled CUDA library is not used, %s. Mend it with: %s", _State.cuda_problem, MEND)
+            state.cuda_problem = f"it did not load: {error}"
+            logger.warning("the compiled CUDA library is not used, %s. Mend it with: %s", state.cuda_problem, MEND)
 
 
 def load() -> None:
@@ -91,15 +98,15 @@ def load() -> None:
 
 
 def cpu_loaded() -> bool:
-    return _State.cpu is not None
+    return state.cpu is not None
 
 
 def why_no_cpu() -> str:
-    return "" if cpu_loaded() else f"no compiled CPU library: {_State.cpu_problem}"
+    return "" if cpu_loaded() else f"no compiled CPU library: {state.cpu_problem}"
 
 
 def why_no_cuda() -> str:
-    return "" if _State.cuda else f"no compiled CUDA library: {_State.cuda_problem}"
+    return "" if state.cuda else f"no compiled CUDA library: {state.cuda_problem}"
 
 
 def why_no_triton(device: str) -> str:
@@ -126,13 +133,13 @@ def cpu_isa(name: str | None = None) -> str:
     name: "scalar", "avx2", "avx512" or "avx512_bf16"; asking for one that this CPU lacks is a ValueError.
     ``SENTFAST_CPU_ISA`` sets it at start.
     """
-    if _State.cpu is None:
+    if state.cpu is None:
         raise RuntimeError(f"cpu_isa: {why_no_cpu()}. {MEND}")
     if name is not None:
-        _State.cpu.set_isa(name)
-    return _State.cpu.isa()
+        state.cpu.set_isa(name)
+    return state.cpu.isa()
 
 
 def supported_cpu_isas() -> tuple[str, ...]:
     """The instruction sets that this CPU can run, plainest first."""
-    return tuple(_State.cpu.supported_isas()) if _State.cpu is not None else ()
+    return tuple(state.cpu.supported_isas()) if state.cpu is not None else ()

@@ -173,8 +173,8 @@ def pool_backward(
     if normalize:
         pooled = _normalize_backward(pooled, out.to(acc), norm)
     grad_x = torch.zeros(*shape, dim, dtype=acc, device=grad.device)
-    flat = grad_x.view(-1, dim)
-    for mode, part in zip(modes, pooled.split(dim, dim=-1), strict=True):
+    flat = grad_x.flatten(0, -2)
+    for mode, part in zip(modes, pooled.unflatten(-1, (len(modes), dim)).unbind(-2), strict=True):
         if mode in (CLS, LASTTOKEN):
             number = tokens.first if mode == CLS else tokens.last
             flat.index_add_(0, number[number >= 0], part[number >= 0])

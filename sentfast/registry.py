@@ -26,8 +26,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from sentfast import native, report
+from sentfast import native
+from sentfast.report import counters
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +37,18 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("sentfast", "DEF")
 # The compiled CUDA kernels live under a namespace of their own, so that one operator can have both them and Triton.
 _CUDA_LIBRARY = torch.library.Library("sentfast_cuda", "DEF")
-_forced: ContextVar[str | None] = ContextVar("sentfast_backend", default=None)
+
+
+def _environment_backend() -> str | None:
+    backend = os.environ.get("SENTFAST_BACKEND") or None
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"SENTFAST_BACKEND: expected one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+_STRICT = os.environ.get("SENTFAST_STRICT") == "1"
+_forced: ContextVar[str | None] = ContextVar("sentfast_backend", default=_environment_backend())
+_forced_backend = _forced.get
 
 ops: dict[str, Op] = {}
 
@@ -45,7 +58,7 @@ class BackendError(RuntimeError):
 
 
 class Op:
-    """One operator: call it with the arguments of its schema; the first one is a tensor that decides device and dtype."""
+    """One operator: call it with its schema's arguments; the first, a tensor, decides device and dtype."""
 
     def __init__(self, schema: str, reference: Callable, prefer_triton: tuple[torch.dtype, ...]):
         self.name = schema.partition("(")[0]
@@ -54,18 +67,22 @@ class Op:
         self.triton: Callable | None = None
         self.overload = getattr(torch.ops.sentfast, self.name).default
         self.cuda = getattr(torch.ops.sentfast_cuda, self.name).default
+        self.calls = counters(self.name, BACKENDS)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler sees one opaque operator; PyTorch picks the backend
-            x = args[0]
+        x = args[0]
+        if is_compiling():  # the compiler sees one opaque operator; PyTorch picks the backend
             return self.overload(*args) if x.dtype in KERNEL_DTYPES else self.reference(*args)
-        backend, implementation = self.choose(args[0])
-        report.count(self.name, backend)
+        if x.is_cpu and native.state.cpu is not None and x.dtype in KERNEL_DTYPES and _forced_backend() is None:
+            self.calls["cpu"] += 1  # the common case, in the fewest steps
+            return self.overload(*args)
+        backend, implementation = self.choose(x)
+        self.calls[backend] += 1
         return implementation(*args)
 
     def choose(self, x: torch.Tensor) -> tuple[str, Callable]:
         """The backend for a call whose first tensor is x, and the function that runs it."""
-        forced = _forced.get() or _ENVIRONMENT_BACKEND
+        forced = _forced_backend()
         if forced is not None:
             why = self.why_not(forced, x)
             if why:
@@ -73,7 +90,7 @@ class Op:
             return forced, self.implementation(forced)
         device = x.device.type
         if x.dtype in KERNEL_DTYPES:
-            if device == "cpu" and native.cpu_loaded():
+            if device == "cpu" and native.state.cpu is not None:
                 return "cpu", self.overload
             if device == "cuda":
                 for backend in ("triton", "cuda") if x.dtype in self.prefer_triton else ("cuda", "triton"):
@@ -145,13 +162,3 @@ def use_backend(backend: str) -> Iterator[None]:
     finally:
         _forced.reset(token)
 
-
-def _environment_backend() -> str | None:
-    backend = os.environ.get("SENTFAST_BACKEND") or None
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"SENTFAST_BACKEND: expected one of {BACKENDS}, got {backend!r}")
-    return backend
-
-
-_ENVIRONMENT_BACKEND = _environment_backend()
-_STRICT = os.environ.get("SENTFAST_STRICT") == "1"

@@ -11,27 +11,36 @@ logger = logging.getLogger("sentfast")
 logger.addHandler(logging.NullHandler())
 
 _lock = threading.Lock()
-_calls: Counter[tuple[str, str]] = Counter()
+_calls: dict[str, dict[str, int]] = {}
 _fallbacks: Counter[tuple[str, str]] = Counter()
 _logged: set[tuple[str, str]] = set()
 
 # Reason codes are stable: they may be matched by programs, and docs/reasons.md explains each.
 REASONS = {
+    "SF101": "module without an operator",
     "SF102": "dtype without a kernel",
     "SF103": "device without a kernel",
-    "SF104": "form of the attention mask",
+    "SF104": "form of the attention mask or of cu_seq_lens_q",
     "SF105": "tensor layout (sparse or nested)",
     "SF106": "features computed by another module (token_weights_sum, cls_token_embeddings)",
-    "SF107": "input of another type or shape than a batch of vectors",
+    "SF107": "input of another type or shape than the operator takes",
+    "SF109": "this version of sentence-transformers defines the result or the gradient differently",
+    "SF110": "method overridden by a subclass or replaced by other code",
     "SF111": "version of sentence-transformers outside the tested range",
-    "SF115": "inside torch.jit tracing or a torch.func transform",
+    "SF112": "no compiled kernels for this device",
+    "SF115": "inside torch.jit tracing, a torch.func transform or forward-mode differentiation",
+    "SF116": "half-precision input under autocast",
+    "SF117": "nothing to gain",
 }
 
 
-def count(op: str, backend: str) -> None:
-    """Counts one operator call."""
-    with _lock:
-        _calls[op, backend] += 1
+def counters(op: str, backends: tuple[str, ...]) -> dict[str, int]:
+    """The counters of an operator, by backend; its caller adds to them.
+
+    Without a lock, which would cost more than the rest of a call's bookkeeping: ``counters[backend] += 1`` holds no
+    call between its read and its write, and CPython changes threads only at calls and jumps.
+    """
+    return _calls.setdefault(op, dict.fromkeys(backends, 0))
 
 
 def fallback(site: str, code: str, detail: str = "") -> None:
@@ -77,9 +86,11 @@ class Report:
 def report(*, reset: bool = False) -> Report:
     """Counts of what ran where since the start or the last reset."""
     with _lock:
-        snapshot = Report(dict(_calls), dict(_fallbacks))
+        calls = {(op, backend): n for op, table in _calls.items() for backend, n in table.items() if n}
+        snapshot = Report(calls, dict(_fallbacks))
         if reset:
-            _calls.clear()
+            for table in _calls.values():
+                table.update(dict.fromkeys(table, 0))
             _fallbacks.clear()
             _logged.clear()
     return snapshot

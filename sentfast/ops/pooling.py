@@ -66,6 +66,8 @@ class _Pool(torch.autograd.Function):
 
 
 def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
+    if isinstance(mode, str) and mode in _MODE_NUMBERS:
+        return [_MODE_NUMBERS[mode]]
     names = (mode,) if isinstance(mode, str) else tuple(mode)
     try:
         numbers = [_MODE_NUMBERS[name] for name in names]

@@ -1,0 +1,164 @@
+// The border below which PyTorch does not exist: arguments and entry points of every CPU kernel.
+//
+// Each instruction set ("tier") compiles the same loops (*.inl.h) over its own Vec and fills one table of function
+// pointers. All sizes and strides are counted in elements; output rows are dense unless a stride is given.
+#pragma once
+
+#include <cstdint>
+
+namespace sentfast::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Four bytes of a row seen as one number, a float32 or two halves, wherever they lie.
+using Word = uint32_t __attribute__((may_alias, aligned(2)));
+
+enum class Dtype : int { Float32 = 0, BFloat16 = 1, Float16 = 2 };
+constexpr int kDtypes = 3;
+
+// ---- pooling ----
+
+enum Mode : int64_t { kMean, kMax, kCls, kLastToken, kWeightedMean, kMeanSqrtLen };
+constexpr int kMaxModes = 8;
+
+// Where the rows of each sequence are: [batch, length, dim] with a mask, or [length, dim] cut by cu_seqlens.
+struct Layout {
+  int64_t batch, length, dim;
+  const void* mask;  // nullptr: every position holds a token
+  int64_t mask_bytes, mask_stride_batch, mask_stride_token;
+  const int32_t* cu_seqlens;  // nullptr: padded
+  int64_t prompt_length;
+};
+
+struct Pool {
+  Layout layout;
+  int64_t modes[kMaxModes], mode_count;
+  bool normalize;
+  const void* x;
+  int64_t stride_batch, stride_token;
+  void* out;        // [batch, mode_count * dim]
+  float* norm;      // [batch] if normalize
+  int32_t* argmax;  // [batch, dim] if kMax is among the modes
+};
+
+struct PoolBackward {
+  Layout layout;
+  int64_t modes[kMaxModes], mode_count;
+  bool normalize;
+  const void *grad, *out;  // [batch, mode_count * dim]
+  const float* norm;
+  const int32_t* argmax;
+  void* grad_x;  // dense, in the shape of x
+  bool stream;   // write around the caches
+};
+
+// scratch: floats, at least pool_scratch(...) of them, for one thread.
+static inline int64_t pool_scratch(int64_t dim) { return 3 * (dim + 16); }
+static inline int64_t pool_backward_scratch(int64_t dim, int64_t mode_count) { return (mode_count + 3) * (dim + 16); }
+
+// ---- rows ----
+
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+struct Normalize {
+  int64_t dim;
+  Rows x;
+  void* y;  // nullptr: only the norms
+  float* norm;
+  float eps;
+  bool stream;
+};
+
+struct NormalizeBackward {
+  int64_t dim;
+  Rows grad, x;
+  Dtype grad_dtype;
+  const float* norm;
+  void* grad_x;
+  float eps;
+  bool stream;
+};
+
+enum Metric : int64_t { kCosine, kDot, kEuclidean, kManhattan };
+
+struct Pairwise {
+  int64_t dim;
+  Rows a, b;
+  Metric metric;
+  float eps;
+  float *scores, *norm_a, *norm_b;  // the norms only for kCosine
+};
+
+struct PairwiseBackward {
+  int64_t dim;
+  Rows a, b;
+  Metric metric;
+  float eps;
+  const float *grad, *scores, *norm_a, *norm_b;
+  void *grad_a, *grad_b;
+};
+
+// ---- matrix ----
+
+struct Operand {
+  const void* data;
+  int64_t stride_row, stride_column;
+};
+
+// c[i, j] = <a_i, b_j>, divided by max(norm_a[i], eps) * max(norm_b[j], eps) if the norms are given.
+struct Matrix {
+  int64_t rows, columns, depth;
+  Operand a, b;
+  float* c;
+  int64_t stride_c;
+  const float *norm_a, *norm_b;
+  float eps;
+  bool stream;
+};
+
+// One rectangle of c, the unit of work of a thread.
+struct Block {
+  int64_t row_begin, row_end, column_begin, column_end;
+};
+
+constexpr int64_t kBlockColumns = 256;
+constexpr int64_t kBlockRows = 96;
+constexpr int64_t kBlockDepth = 512;
+// Bytes of scratch of matrix_block: the packed operands (plus alignment).
+constexpr int64_t kMatrixScratch = (kBlockColumns + kBlockRows) * kBlockDepth * 4 + kBlockColumns * 4 + 64;
+// Matrices at most this wide or high are computed row by row, without packing.
+constexpr int64_t kFewRows = 6;
+
+// ---- the table ----
+
+using PoolFn = void (*)(const Pool&, int64_t begin, int64_t end, float* scratch);
+using PoolBackwardFn = void (*)(const PoolBackward&, int64_t begin, int64_t end, float* scratch);
+using NormalizeFn = void (*)(const Normalize&, int64_t begin, int64_t end);
+using NormalizeBackwardFn = void (*)(const NormalizeBackward&, int64_t begin, int64_t end);
+using PairwiseFn = void (*)(const Pairwise&, int64_t begin, int64_t end);
+using PairwiseBackwardFn = void (*)(const PairwiseBackward&, int64_t begin, int64_t end);
+using MatrixFn = void (*)(const Matrix&, const Block&, void* scratch);
+
+// Indexed by Dtype; a matrix by the dtypes of a and b.
+struct Kernels {
+  PoolFn pool[kDtypes];
+  PoolBackwardFn pool_backward[kDtypes];
+  NormalizeFn normalize[kDtypes];
+  NormalizeBackwardFn normalize_backward[kDtypes];
+  PairwiseFn pairwise[kDtypes];
+  PairwiseBackwardFn pairwise_backward[kDtypes];
+  MatrixFn matrix[kDtypes][kDtypes];
+  // Multiply-adds in registers only: floating-point operations done by `rounds` rounds; nullptr: no such instruction.
+  double (*peak_float32)(int64_t rounds);
+  double (*peak_bfloat16)(int64_t rounds);
+};
+
+}  // namespace sentfast::cpu

@@ -1,0 +1,251 @@
+// c = a b^T by rectangles: b is packed into panels as wide as a tile, a is read in place, a tile of c stays in registers.
+//
+// The tile is tile_rows x tile_vectors vectors (6 x 64 in AVX-512: 24 accumulators, the four vectors of b and one
+// broadcast of a). A panel holds one Word per step and column: a float32, or for bf16 dot products a pair of bf16.
+// a needs packing only where its rows are not plain Words: another dtype, a stride, an odd number of bf16.
+//
+// Needs: struct Step { static Vec multiply_add(Vec a, Vec b, Vec c); static constexpr int depth; } with depth the
+// number of elements in a Word.
+
+namespace matrix {
+
+constexpr int kTileRows = Vec::tile_rows;
+constexpr int kTileVectors = Vec::tile_vectors;
+constexpr int kTileColumns = kTileVectors * Vec::lanes;
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float r;
+  __builtin_memcpy(&r, &bits, 4);
+  return r;
+}
+inline float to_float(Float16 x) {
+  float lane[Vec::lanes];
+  Vec::load(&x, 1).store(lane);
+  return lane[0];
+}
+
+// The Word of step `step` of row `row`; elements beyond `depth` are zero.
+template <class Step, class T>
+uint32_t word_at(const Operand& m, int64_t row, int64_t step, int64_t depth) {
+  const T* p = static_cast<const T*>(m.data) + row * m.stride_row + step * Step::depth * m.stride_column;
+  uint32_t word = 0;
+  if constexpr (Step::depth == 1) {
+    const float x = to_float(*p);
+    __builtin_memcpy(&word, &x, 4);
+  } else {
+    word = p->bits;
+    if (step * 2 + 1 < depth) word |= static_cast<uint32_t>(p[m.stride_column].bits) << 16;
+  }
+  return word;
+}
+
+// Whether rows of T can be read as Words where they lie.
+template <class Step, class T>
+bool plain(const Operand& m, int64_t depth) {
+  return sizeof(T) * Step::depth == 4 && m.stride_column == 1 && depth % Step::depth == 0;
+}
+
+// Packs `count` rows: word (step, i) goes to out[step * out_step + i * out_row]; rows up to `padded` are zero.
+// Small square pieces, so that neither side leaves the first cache.
+template <class Step, class T>
+void pack(const Operand& m, int64_t row, int64_t count, int64_t padded, int64_t step_begin, int64_t step_end,
+          int64_t depth, Word* out, int64_t out_step, int64_t out_row) {
+  const bool direct = plain<Step, T>(m, depth);
+  for (int64_t s = step_begin; s < step_end; s += 16) {
+    const int64_t stop = s + 16 < step_end ? s + 16 : step_end;
+    for (int64_t i = 0; i < padded; ++i) {
+      Word* to = out + (s - step_begin) * out_step + i * out_row;
+      if (i >= count) {
+        for (int64_t t = s; t < stop; ++t, to += out_step) *to = 0;
+      } else if (direct) {
+        const Word* from = reinterpret_cast<const Word*>(static_cast<const T*>(m.data) + (row + i) * m.stride_row) + s;
+        for (int64_t t = s; t < stop; ++t, to += out_step) *to = *from++;
+      } else {
+        for (int64_t t = s; t < stop; ++t, to += out_step) *to = word_at<Step, T>(m, row + i, t, depth);
+      }
+    }
+  }
+}
+
+// Rows of a as the tile reads them.
+struct Lines {
+  const Word* words;
+  int64_t stride;
+};
+
+// One tile of c: `rows` rows by up to kTileColumns columns.
+struct Tile {
+  const Matrix& m;
+  int64_t row, column, columns;
+  bool accumulate, finish;  // add to what c holds; divide by the norms
+  const float* scale_b;     // 1 / max(norm_b, eps) of the panel's columns
+};
+
+template <class Step, int R>
+void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
+  Vec sum[R][kTileVectors];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Vec::zero();
+  }
+  const float* b = reinterpret_cast<const float*>(panel);
+  for (int64_t s = 0; s < steps; ++s, b += kTileColumns) {
+    Vec column[kTileVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileVectors; ++j) column[j] = Vec::load(b + j * Vec::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Vec x = Vec::broadcast(a.words + i * a.stride + s);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Step::multiply_add(x, column[j], sum[i][j]);
+    }
+  }
+  const bool scaled = t.finish && t.m.norm_a != nullptr;
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    float* c = t.m.c + (t.row + i) * t.m.stride_c + t.column;
+    const Vec scale = Vec::fill(scaled ? 1.0f / at_least(t.m.norm_a[t.row + i], t.m.eps) : 1.0f);
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileVectors; ++j) {
+      const int64_t left = t.columns - j * Vec::lanes;
+      if (left <= 0) break;
+      Vec value = sum[i][j];
+      float* to = c + j * Vec::lanes;
+      const int n = left < Vec::lanes ? static_cast<int>(left) : Vec::lanes;
+      if (t.accumulate) value = value + Vec::load(to, n);
+      if (scaled) value = value * Vec::load(t.scale_b + j * Vec::lanes) * scale;
+      if (n < Vec::lanes) {
+        value.store(to, n);
+      } else if (t.m.stream && t.finish) {
+        value.stream(to);
+      } else {
+        value.store(to);
+      }
+    }
+  }
+}
+
+template <class Step>
+void tile_of(int64_t rows, const Tile& t, Lines a, const Word* panel, int64_t steps) {
+  switch (rows) {
+    case 1:
+      return tile<Step, 1>(t, a, panel, steps);
+    case 2:
+      return tile<Step, 2>(t, a, panel, steps);
+    case 3:
+      return tile<Step, 3>(t, a, panel, steps);
+    case 4:
+      return tile<Step, 4>(t, a, panel, steps);
+    case 5:
+      return tile<Step, (kTileRows >= 5 ? 5 : kTileRows)>(t, a, panel, steps);
+    default:
+      return tile<Step, kTileRows>(t, a, panel, steps);
+  }
+}
+
+// Scratch of one thread, cut into its parts.
+struct Scratch {
+  Word *b, *a;
+  float* scale_b;
+
+  explicit Scratch(void* memory) {
+    const auto address = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
+    b = reinterpret_cast<Word*>(address);
+    a = b + kBlockColumns * kBlockDepth;
+    scale_b = reinterpret_cast<float*>(a + kBlockRows * kBlockDepth);
+  }
+};
+
+template <class Step, class A, class B>
+void by_tiles(const Matrix& m, const Block& block, void* memory) {
+  const Scratch scratch(memory);
+  const int64_t steps = (m.depth + Step::depth - 1) / Step::depth;
+  const bool a_in_place = plain<Step, A>(m.a, m.depth);
+  for (int64_t column = block.column_begin; column < block.column_end; column += kBlockColumns) {
+    const int64_t columns = block.column_end - column < kBlockColumns ? block.column_end - column : kBlockColumns;
+    if (m.norm_b != nullptr) {
+      for (int64_t j = 0; j < columns; ++j) scratch.scale_b[j] = 1.0f / at_least(m.norm_b[column + j], m.eps);
+      fill(scratch.scale_b + columns, kBlockColumns - columns, 0.0f);
+    }
+    int64_t step = 0;
+    do {  // also once for a depth of 0, which makes zeros
+      const int64_t count = steps - step < kBlockDepth ? steps - step : kBlockDepth;
+      for (int64_t j = 0; j < columns; j += kTileColumns) {
+        const int64_t width = columns - j < kTileColumns ? columns - j : kTileColumns;
+        pack<Step, B>(m.b, column + j, width, kTileColumns, step, step + count, m.depth, scratch.b + j * count,
+                      kTileColumns, 1);
+      }
+      for (int64_t row = block.row_begin; row < block.row_end; row += kBlockRows) {
+        const int64_t rows = block.row_end - row < kBlockRows ? block.row_end - row : kBlockRows;
+        Lines lines;
+        if (a_in_place) {
+          const A* first = static_cast<const A*>(m.a.data) + row * m.a.stride_row;
+          lines = {reinterpret_cast<const Word*>(first) + step, m.a.stride_row / Step::depth};
+        } else {
+          pack<Step, A>(m.a, row, rows, rows, step, step + count, m.depth, scratch.a, 1, count);
+          lines = {scratch.a, count};
+        }
+        for (int64_t i = 0; i < rows; i += kTileRows) {
+          const int64_t height = rows - i < kTileRows ? rows - i : kTileRows;
+          for (int64_t j = 0; j < columns; j += kTileColumns) {
+            const Tile t = {m, row + i, column + j, columns - j, step > 0, step + count == steps, scratch.scale_b + j};
+            tile_of<Step>(height, t, {lines.words + i * lines.stride, lines.stride}, scratch.b + j * count, count);
+          }
+        }
+      }
+      step += count;
+    } while (step < steps);
+  }
+  if (m.stream) Vec::stream_fence();
+}
+
+// Few rows or few columns: dot products straight from memory, the long side once.
+template <class A, class B>
+void by_rows(const Matrix& m, const Block& block) {
+  for (int64_t i = block.row_begin; i < block.row_end; ++i) {
+    const A* a = static_cast<const A*>(m.a.data) + i * m.a.stride_row;
+    const float scale_a = m.norm_a != nullptr ? 1.0f / at_least(m.norm_a[i], m.eps) : 1.0f;
+    for (int64_t j = block.column_begin; j < block.column_end; ++j) {
+      const B* b = static_cast<const B*>(m.b.data) + j * m.b.stride_row;
+      float value = rows::dot(a, b, m.depth);
+      if (m.norm_b != nullptr) value *= scale_a * (1.0f / at_least(m.norm_b[j], m.eps));
+      m.c[i * m.stride_c + j] = value;
+    }
+  }
+}
+
+template <class Step, class A, class B>
+void block(const Matrix& m, const Block& block, void* memory) {
+  const bool few = m.rows <= kFewRows || m.columns <= kFewRows;
+  if (few && m.a.stride_column == 1 && m.b.stride_column == 1) {
+    by_rows<A, B>(m, block);
+  } else {
+    by_tiles<Step, A, B>(m, block, memory);
+  }
+}
+
+struct Float32Step {
+  static constexpr int depth = 1;
+  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return Vec::fma(a, b, c); }
+};
+
+// Floating-point operations of `rounds` rounds of independent multiply-adds, none of which touches memory.
+template <class Step>
+double peak(int64_t rounds) {
+  constexpr int chains = 12;
+  Vec sum[chains];
+  for (int i = 0; i < chains; ++i) sum[i] = Vec::fill(static_cast<float>(i));
+  Vec a = Vec::fill(0.5f), b = Vec::fill(0.25f);
+  for (int64_t r = 0; r < rounds; ++r) {
+    asm volatile("" : "+x"(a.v), "+x"(b.v));
+#pragma GCC unroll 16
+    for (int i = 0; i < chains; ++i) sum[i] = Step::multiply_add(a, b, sum[i]);
+  }
+  for (int i = 1; i < chains; ++i) sum[0] = sum[0] + sum[i];
+  float result = sum[0].sum();
+  asm volatile("" : "+x"(result));
+  return 2.0 * Vec::lanes * Step::depth * chains * static_cast<double>(rounds);
+}
+
+}  // namespace matrix

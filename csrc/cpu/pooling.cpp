@@ -1,0 +1,164 @@
+// Pooling: checks, allocation and threads around the loops of pooling.inl.h.
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace sentfast::cpu {
+namespace {
+
+void set_modes(const std::vector<int64_t>& modes, int64_t* out, int64_t* count) {
+  STD_TORCH_CHECK(!modes.empty() && modes.size() <= kMaxModes, "modes: expected 1 to ", kMaxModes, " modes, got ",
+                  modes.size());
+  *count = static_cast<int64_t>(modes.size());
+  for (size_t i = 0; i < modes.size(); ++i) {
+    STD_TORCH_CHECK(modes[i] >= kMean && modes[i] <= kMeanSqrtLen, "modes: unknown mode ", modes[i]);
+    out[i] = modes[i];
+  }
+}
+
+bool has_max(const std::vector<int64_t>& modes) {
+  for (const int64_t mode : modes) {
+    if (mode == kMax) return true;
+  }
+  return false;
+}
+
+void check_cu_seqlens(const Tensor& cu_seqlens, int64_t total) {
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
+                      cu_seqlens.is_cpu(),
+                  "cu_seqlens: expected an int32 CPU tensor of shape [B + 1]");
+  const auto* ends = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int64_t batch = cu_seqlens.size(0) - 1;
+  bool rising = ends[0] == 0 && ends[batch] == total;
+  for (int64_t i = 0; i < batch; ++i) rising = rising && ends[i] <= ends[i + 1];
+  STD_TORCH_CHECK(rising, "cu_seqlens: expected to rise from 0 to ", total, " (the number of tokens)");
+}
+
+// Fills everything but batch, length and dim.
+void set_layout(Layout& layout, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens,
+                int64_t prompt_length) {
+  STD_TORCH_CHECK(prompt_length >= 0, "prompt_length: expected 0 or more, got ", prompt_length);
+  layout.prompt_length = prompt_length < layout.length ? prompt_length : layout.length;
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(!cu_seqlens.has_value(), "attention_mask: expected None with cu_seqlens");
+    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == layout.batch && mask->size(1) == layout.length && mask->is_cpu(),
+                    "attention_mask: expected a CPU tensor of shape [", layout.batch, ", ", layout.length, "]");
+    layout.mask = mask->const_data_ptr();
+    layout.mask_bytes = static_cast<int64_t>(mask->element_size());
+    layout.mask_stride_batch = mask->stride(0);
+    layout.mask_stride_token = mask->stride(1);
+  }
+  if (cu_seqlens.has_value()) layout.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& cu_seqlens) {
+  if (!cu_seqlens.has_value()) return cu_seqlens;
+  return torch::stable::contiguous(*cu_seqlens);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool(Tensor x, std::optional<Tensor> attention_mask,
+                                        std::optional<Tensor> cu_seqlens, std::vector<int64_t> modes,
+                                        int64_t prompt_length, bool normalize) {
+  const int dtype = dtype_index(x, "token_embeddings");
+  const bool packed = cu_seqlens.has_value();
+  STD_TORCH_CHECK(x.dim() == (packed ? 2 : 3), "token_embeddings: expected [B, L, D], or [T, D] with cu_seqlens");
+  const int64_t token = packed ? 0 : 1;
+  if (x.size(token + 1) > 1 && x.stride(token + 1) != 1) x = torch::stable::contiguous(x);
+  cu_seqlens = dense(cu_seqlens);
+
+  Pool p = {};
+  set_modes(modes, p.modes, &p.mode_count);
+  p.normalize = normalize;
+  p.layout.length = x.size(token);
+  p.layout.dim = x.size(token + 1);
+  if (packed) check_cu_seqlens(*cu_seqlens, p.layout.length);
+  p.layout.batch = packed ? cu_seqlens->size(0) - 1 : x.size(0);
+  set_layout(p.layout, attention_mask, cu_seqlens, prompt_length);
+  p.stride_batch = packed ? 0 : x.stride(0);
+  p.stride_token = x.stride(token);
+  p.x = x.const_data_ptr();
+
+  const int64_t batch = p.layout.batch, dim = p.layout.dim;
+  const bool max = has_max(modes);
+  STD_TORCH_CHECK(!max || p.layout.length <= INT32_MAX, "token_embeddings: expected at most 2^31 - 1 tokens with max");
+  Tensor out = new_tensor({batch, p.mode_count * dim}, x.scalar_type());
+  Tensor norm = new_tensor({normalize ? batch : 0}, ScalarType::Float);
+  Tensor argmax = max ? new_tensor({batch, dim}, ScalarType::Int) : new_tensor({0}, ScalarType::Int);
+  p.out = out.mutable_data_ptr();
+  p.norm = static_cast<float*>(norm.mutable_data_ptr());
+  p.argmax = max ? static_cast<int32_t*>(argmax.mutable_data_ptr()) : nullptr;
+
+  const PoolFn kernel = kernels().pool[dtype];
+  const int64_t tokens = packed ? p.layout.length / (batch > 0 ? batch : 1) + 1 : p.layout.length;
+  torch::stable::parallel_for(0, batch, grain(tokens * dim), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[pool_scratch(dim)]);
+    kernel(p, begin, end, scratch.get());
+  });
+  return {out, norm, argmax};
+}
+
+Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, std::optional<Tensor> attention_mask,
+                     std::optional<Tensor> cu_seqlens, std::vector<int64_t> modes, int64_t prompt_length,
+                     int64_t length, bool normalize) {
+  const int dtype = dtype_index(grad, "grad");
+  const bool packed = cu_seqlens.has_value();
+  cu_seqlens = dense(cu_seqlens);
+
+  PoolBackward p = {};
+  set_modes(modes, p.modes, &p.mode_count);
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(1) % p.mode_count == 0, "grad: expected [B, len(modes) * D]");
+  STD_TORCH_CHECK(length >= 0, "length: expected 0 or more, got ", length);
+  const int64_t batch = grad.size(0), dim = grad.size(1) / p.mode_count;
+  p.normalize = normalize;
+  p.layout.length = length;
+  p.layout.dim = dim;
+  p.layout.batch = batch;
+  if (packed) {
+    check_cu_seqlens(*cu_seqlens, length);
+    STD_TORCH_CHECK(cu_seqlens->size(0) == batch + 1, "cu_seqlens: expected shape [", batch + 1, "]");
+  }
+  set_layout(p.layout, attention_mask, cu_seqlens, prompt_length);
+
+  grad = torch::stable::contiguous(grad);
+  out = torch::stable::contiguous(out);
+  norm = torch::stable::contiguous(norm);
+  argmax = torch::stable::contiguous(argmax);
+  if (normalize) {
+    STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == batch && out.size(1) == grad.size(1) &&
+                        out.scalar_type() == grad.scalar_type(),
+                    "out: expected the shape and dtype of grad");
+    STD_TORCH_CHECK(norm.numel() == batch && norm.scalar_type() == ScalarType::Float, "norm: expected float32 [B]");
+  }
+  if (has_max(modes)) {
+    STD_TORCH_CHECK(argmax.numel() == batch * dim && argmax.scalar_type() == ScalarType::Int,
+                    "argmax: expected int32 [B, D]");
+  }
+
+  Tensor grad_x = packed ? new_tensor({length, dim}, grad.scalar_type())
+                         : new_tensor({batch, length, dim}, grad.scalar_type());
+  p.grad = grad.const_data_ptr();
+  p.out = out.const_data_ptr();
+  p.norm = static_cast<const float*>(norm.const_data_ptr());
+  p.argmax = static_cast<const int32_t*>(argmax.const_data_ptr());
+  p.grad_x = grad_x.mutable_data_ptr();
+  p.stream = may_stream(grad_x, dim);
+
+  const PoolBackwardFn kernel = kernels().pool_backward[dtype];
+  const int64_t tokens = packed ? length / (batch > 0 ? batch : 1) + 1 : length;
+  torch::stable::parallel_for(0, batch, grain(tokens * dim), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[pool_backward_scratch(dim, p.mode_count)]);
+    kernel(p, begin, end, scratch.get());
+  });
+  return grad_x;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sentfast, CPU, m) {
+  m.impl("pool", TORCH_BOX(&pool));
+  m.impl("pool_backward", TORCH_BOX(&pool_backward));
+}
+
+}  // namespace sentfast::cpu

@@ -1,0 +1,240 @@
+// L2 normalisation and similarity: checks, allocation and threads around the loops of rows.inl.h and matrix.inl.h.
+#include <memory>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace sentfast::cpu {
+namespace {
+
+std::vector<int64_t> leading(const Tensor& x) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.pop_back();
+  return sizes;
+}
+
+void check_same(const Tensor& a, const Tensor& b, const char* name) {
+  STD_TORCH_CHECK(sizes_of(a) == sizes_of(b), name, ": expected the shape of the first argument");
+}
+
+void check_rank(const Tensor& x, int64_t least, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= least, name, ": expected a CPU tensor of at least ", least, " dimensions");
+}
+
+void run(NormalizeFn kernel, const Normalize& p, int64_t rows) {
+  torch::stable::parallel_for(0, rows, grain(p.dim),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+// The norms of the rows of x, in the shape of x without its last dimension.
+Tensor norms(const Tensor& x, float eps) {
+  const int dtype = dtype_index(x, "x");
+  const RowView view(x);
+  Tensor norm = new_tensor(leading(x), ScalarType::Float);
+  const Normalize p = {view.dim, view.get(), nullptr, static_cast<float*>(norm.mutable_data_ptr()), eps, false};
+  run(kernels().normalize[dtype], p, view.rows);
+  return norm;
+}
+
+std::tuple<Tensor, Tensor> l2_normalize(Tensor x, double eps) {
+  check_rank(x, 1, "x");
+  const int dtype = dtype_index(x, "x");
+  const RowView view(x);
+  Tensor y = new_tensor(sizes_of(x), x.scalar_type());
+  Tensor norm = new_tensor(leading(x), ScalarType::Float);
+  const Normalize p = {view.dim,
+                       view.get(),
+                       y.mutable_data_ptr(),
+                       static_cast<float*>(norm.mutable_data_ptr()),
+                       static_cast<float>(eps),
+                       may_stream(y, view.dim)};
+  run(kernels().normalize[dtype], p, view.rows);
+  return {y, norm};
+}
+
+Tensor l2_normalize_backward(Tensor grad, Tensor x, Tensor norm, double eps) {
+  check_rank(x, 1, "x");
+  check_same(x, grad, "grad");
+  const int dtype = dtype_index(x, "x");
+  norm = torch::stable::contiguous(norm);
+  const RowView x_view(x), grad_view(grad);
+  STD_TORCH_CHECK(norm.numel() == x_view.rows && norm.scalar_type() == ScalarType::Float,
+                  "norm: expected float32, one per row of x");
+  Tensor grad_x = new_tensor(sizes_of(x), x.scalar_type());
+  const NormalizeBackward p = {x_view.dim,
+                               grad_view.get(),
+                               x_view.get(),
+                               dtype_of(grad, "grad"),
+                               static_cast<const float*>(norm.const_data_ptr()),
+                               grad_x.mutable_data_ptr(),
+                               static_cast<float>(eps),
+                               may_stream(grad_x, x_view.dim)};
+  const NormalizeBackwardFn kernel = kernels().normalize_backward[dtype];
+  torch::stable::parallel_for(0, x_view.rows, grain(p.dim),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return grad_x;
+}
+
+// Rows per task: all of them, unless the columns alone do not make enough tasks for the threads.
+int64_t rows_per_task(int64_t rows, int64_t column_tasks) {
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  int64_t per_task = rows;
+  while (per_task > kBlockRows && column_tasks * ((rows + per_task - 1) / per_task) < wanted) {
+    per_task = (per_task / 2 + kBlockRows - 1) / kBlockRows * kBlockRows;
+  }
+  return per_task > 0 ? per_task : 1;
+}
+
+// Offset in elements of matrix `index` of a batch [..., rows, columns].
+int64_t batch_offset(const Tensor& x, int64_t index) {
+  int64_t offset = 0;
+  for (int64_t d = x.dim() - 3; d >= 0; --d) {
+    offset += index % x.size(d) * x.stride(d);
+    index /= x.size(d);
+  }
+  return offset;
+}
+
+const void* at(const Tensor& x, int64_t offset) {
+  return static_cast<const char*>(x.const_data_ptr()) + offset * static_cast<int64_t>(x.element_size());
+}
+
+// scores [..., N, M] = a b^T, scaled by the norms if they are given.
+Tensor matrix(const Tensor& a, const Tensor& b, const Tensor* norm_a, const Tensor* norm_b, float eps) {
+  check_rank(a, 2, "a");
+  check_rank(b, 2, "b");
+  const MatrixFn kernel = kernels().matrix[dtype_index(a, "a")][dtype_index(b, "b")];
+  const int64_t d = a.dim();
+  std::vector<int64_t> sizes = sizes_of(a), sizes_b = sizes_of(b);
+  bool fits = sizes.size() == sizes_b.size() && sizes.back() == sizes_b.back();
+  for (int64_t i = 0; fits && i < d - 2; ++i) fits = sizes[i] == sizes_b[i];
+  STD_TORCH_CHECK(fits, "b: expected [..., M, D] with the batch dimensions and D of a");
+
+  const int64_t rows = sizes[d - 2], columns = sizes_b[d - 2];
+  Matrix m = {};
+  m.rows = rows;
+  m.columns = columns;
+  m.depth = sizes[d - 1];
+  int64_t batch = 1;
+  for (int64_t i = 0; i < d - 2; ++i) batch *= sizes[i];
+  sizes[d - 1] = columns;
+  Tensor scores = new_tensor(sizes, ScalarType::Float);
+  if (batch == 0 || rows == 0 || columns == 0) return scores;
+  m.stride_c = columns;
+  m.eps = eps;
+  m.stream = may_stream(scores, columns);
+
+  const int64_t column_tasks = (columns + kBlockColumns - 1) / kBlockColumns;
+  const int64_t height = rows_per_task(rows, batch * column_tasks);
+  const int64_t row_tasks = (rows + height - 1) / height;
+  auto* c = static_cast<float*>(scores.mutable_data_ptr());
+  const auto* na = norm_a != nullptr ? static_cast<const float*>(norm_a->const_data_ptr()) : nullptr;
+  const auto* nb = norm_b != nullptr ? static_cast<const float*>(norm_b->const_data_ptr()) : nullptr;
+  const int64_t per_task = height * (columns < kBlockColumns ? columns : kBlockColumns) * (m.depth + 1);
+  torch::stable::parallel_for(
+      0, batch * column_tasks * row_tasks, grain(per_task / 16), [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<char[]> scratch(new char[kMatrixScratch]);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t i = task / (column_tasks * row_tasks);
+          const int64_t row = task % row_tasks * height, column = task / row_tasks % column_tasks * kBlockColumns;
+          Matrix one = m;
+          one.a = {at(a, batch_offset(a, i)), a.stride(d - 2), a.stride(d - 1)};
+          one.b = {at(b, batch_offset(b, i)), b.stride(d - 2), b.stride(d - 1)};
+          one.c = c + i * rows * columns;
+          one.norm_a = na != nullptr ? na + i * rows : nullptr;
+          one.norm_b = nb != nullptr ? nb + i * columns : nullptr;
+          const Block block = {row, row + height < rows ? row + height : rows, column,
+                               column + kBlockColumns < columns ? column + kBlockColumns : columns};
+          kernel(one, block, scratch.get());
+        }
+      });
+  return scores;
+}
+
+Tensor dot_similarity(Tensor a, Tensor b) { return matrix(a, b, nullptr, nullptr, 0.0f); }
+
+std::tuple<Tensor, Tensor, Tensor> cosine_similarity(Tensor a, Tensor b, double eps) {
+  check_rank(a, 2, "a");
+  check_rank(b, 2, "b");
+  Tensor norm_a = norms(a, static_cast<float>(eps)), norm_b = norms(b, static_cast<float>(eps));
+  return {matrix(a, b, &norm_a, &norm_b, static_cast<float>(eps)), norm_a, norm_b};
+}
+
+Metric metric_of(int64_t metric) {
+  STD_TORCH_CHECK(metric >= kCosine && metric <= kManhattan, "metric: expected 0 to 3, got ", metric);
+  return static_cast<Metric>(metric);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pairwise_similarity(Tensor a, Tensor b, int64_t metric, double eps) {
+  check_rank(a, 1, "a");
+  check_same(a, b, "b");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected the dtype of a");
+  const int dtype = dtype_index(a, "a");
+  const RowView a_view(a), b_view(b);
+  Tensor scores = new_tensor(leading(a), ScalarType::Float);
+  const std::vector<int64_t> norm_sizes = metric_of(metric) == kCosine ? leading(a) : std::vector<int64_t>{0};
+  Tensor norm_a = new_tensor(norm_sizes, ScalarType::Float), norm_b = new_tensor(norm_sizes, ScalarType::Float);
+  const Pairwise p = {a_view.dim,
+                      a_view.get(),
+                      b_view.get(),
+                      metric_of(metric),
+                      static_cast<float>(eps),
+                      static_cast<float*>(scores.mutable_data_ptr()),
+                      static_cast<float*>(norm_a.mutable_data_ptr()),
+                      static_cast<float*>(norm_b.mutable_data_ptr())};
+  const PairwiseFn kernel = kernels().pairwise[dtype];
+  torch::stable::parallel_for(0, a_view.rows, grain(2 * p.dim),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return {scores, norm_a, norm_b};
+}
+
+std::tuple<Tensor, Tensor> pairwise_similarity_backward(Tensor grad, Tensor a, Tensor b, Tensor scores, Tensor norm_a,
+                                                        Tensor norm_b, int64_t metric, double eps) {
+  check_rank(a, 1, "a");
+  check_same(a, b, "b");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected the dtype of a");
+  const int dtype = dtype_index(a, "a");
+  const RowView a_view(a), b_view(b);
+  grad = torch::stable::contiguous(grad);
+  scores = torch::stable::contiguous(scores);
+  norm_a = torch::stable::contiguous(norm_a);
+  norm_b = torch::stable::contiguous(norm_b);
+  STD_TORCH_CHECK(grad.numel() == a_view.rows && grad.scalar_type() == ScalarType::Float,
+                  "grad: expected float32, one per row");
+  STD_TORCH_CHECK(scores.numel() == a_view.rows && scores.scalar_type() == ScalarType::Float,
+                  "scores: expected float32, one per row");
+  if (metric_of(metric) == kCosine) {
+    STD_TORCH_CHECK(norm_a.numel() == a_view.rows && norm_b.numel() == a_view.rows, "norms: expected one per row");
+    STD_TORCH_CHECK(norm_a.scalar_type() == ScalarType::Float && norm_b.scalar_type() == ScalarType::Float,
+                    "norms: expected float32");
+  }
+  Tensor grad_a = new_tensor(sizes_of(a), a.scalar_type()), grad_b = new_tensor(sizes_of(b), b.scalar_type());
+  const PairwiseBackward p = {a_view.dim,
+                              a_view.get(),
+                              b_view.get(),
+                              metric_of(metric),
+                              static_cast<float>(eps),
+                              static_cast<const float*>(grad.const_data_ptr()),
+                              static_cast<const float*>(scores.const_data_ptr()),
+                              static_cast<const float*>(norm_a.const_data_ptr()),
+                              static_cast<const float*>(norm_b.const_data_ptr()),
+                              grad_a.mutable_data_ptr(),
+                              grad_b.mutable_data_ptr()};
+  const PairwiseBackwardFn kernel = kernels().pairwise_backward[dtype];
+  torch::stable::parallel_for(0, a_view.rows, grain(4 * p.dim),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return {grad_a, grad_b};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sentfast, CPU, m) {
+  m.impl("l2_normalize", TORCH_BOX(&l2_normalize));
+  m.impl("l2_normalize_backward", TORCH_BOX(&l2_normalize_backward));
+  m.impl("dot_similarity", TORCH_BOX(&dot_similarity));
+  m.impl("cosine_similarity", TORCH_BOX(&cosine_similarity));
+  m.impl("pairwise_similarity", TORCH_BOX(&pairwise_similarity));
+  m.impl("pairwise_similarity_backward", TORCH_BOX(&pairwise_similarity_backward));
+}
+
+}  // namespace sentfast::cpu

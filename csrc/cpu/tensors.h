@@ -1,0 +1,123 @@
+// Between PyTorch's stable tensors and the kernels: dtypes, outputs, rows.
+#pragma once
+
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+
+namespace sentfast::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A result this large leaves the caches anyway: it is written around them, and its pages are asked for in 2 MiB pieces.
+constexpr int64_t kLargeBytes = int64_t{16} << 20;
+
+inline Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::Float32;
+    case ScalarType::BFloat16:
+      return Dtype::BFloat16;
+    case ScalarType::Half:
+      return Dtype::Float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline int dtype_index(const Tensor& x, const char* name) { return static_cast<int>(dtype_of(x, name)); }
+
+// Asks for huge pages: first touches of a large new tensor cost more than writing it. Only advice, so errors are ignored.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// A new contiguous CPU tensor, not initialised.
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  int64_t numel = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = numel;
+    numel *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), static_cast<int32_t>(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor result(handle);
+  const int64_t bytes = numel * static_cast<int64_t>(result.element_size());
+  if (bytes >= kLargeBytes) advise_huge_pages(result.mutable_data_ptr(), bytes);
+  return result;
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
+
+inline bool is_large(const Tensor& x) { return bytes_of(x) >= kLargeBytes; }
+
+// Whether every row of a dense tensor of this width starts where `stream` may write: on a whole vector.
+inline bool may_stream(const Tensor& x, int64_t dim) {
+  const auto row_bytes = dim * static_cast<int64_t>(x.element_size());
+  return is_large(x) && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 64 == 0;
+}
+
+// x as rows of its last dimension, at one distance from each other; copied only where its strides do not allow that.
+struct RowView {
+  Tensor tensor;
+  int64_t rows, dim, stride;
+
+  explicit RowView(const Tensor& x) : tensor(x), rows(1), dim(x.size(x.dim() - 1)), stride(dim) {
+    if (!uniform()) {
+      tensor = torch::stable::contiguous(x);
+      uniform();
+    }
+  }
+  Rows get() const { return {tensor.const_data_ptr(), stride}; }
+
+ private:
+  bool uniform() {
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    const int64_t last = tensor.dim() - 1;
+    if (dim > 1 && strides[last] != 1) return false;
+    rows = 1;
+    int64_t step = 0;  // distance that the next dimension outwards must have
+    for (int64_t i = last - 1; i >= 0; --i) {
+      if (sizes[i] != 1) {
+        if (rows == 1) {
+          stride = strides[i];
+        } else if (strides[i] != step) {
+          return false;
+        }
+        step = strides[i] * sizes[i];
+      }
+      rows *= sizes[i];
+    }
+    return true;
+  }
+};
+
+// Items per task so that a task is worth handing to another thread.
+inline int64_t grain(int64_t elements_per_item) {
+  constexpr int64_t worthwhile = 32768;
+  return elements_per_item >= worthwhile ? 1 : worthwhile / (elements_per_item > 0 ? elements_per_item : 1) + 1;
+}
+
+}  // namespace sentfast::cpu

@@ -1,0 +1,18 @@
+// Every kernel for the instruction set `avx2`. Only this file is compiled with its flags, so nothing here may be
+// an inline function that other files share: the linker could keep this copy for all of them.
+#include <immintrin.h>
+#include "kernels.h"
+
+namespace sentfast::cpu::avx2 {
+namespace {
+#include "vec_avx2.h"
+// clang-format off: the order matters
+#include "loops.inl.h"
+#include "pooling.inl.h"
+#include "rows.inl.h"
+#include "matrix.inl.h"
+// clang-format on
+}  // namespace
+#define SENTFAST_PEAK_FLOAT32 matrix::peak<matrix::Float32Step>
+#include "table.inl.h"
+}  // namespace sentfast::cpu::avx2

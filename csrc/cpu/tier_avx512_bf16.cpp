@@ -1,0 +1,37 @@
+// The kernels of `avx512`, with the bf16 dot product instruction in the bf16 matrix.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace sentfast::cpu::avx512 {
+const Kernels& table();
+}
+
+namespace sentfast::cpu::avx512_bf16 {
+namespace {
+#include "vec_avx512.h"
+// clang-format off: the order matters
+#include "loops.inl.h"
+#include "rows.inl.h"
+#include "matrix.inl.h"
+// clang-format on
+
+struct BFloat16Step {
+  static constexpr int depth = 2;
+  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+};
+}  // namespace
+
+const Kernels& table() {
+  static Kernels filled = [] {
+    Kernels t = avx512::table();
+    constexpr int bf16 = static_cast<int>(Dtype::BFloat16);
+    t.matrix[bf16][bf16] = matrix::block<BFloat16Step, BFloat16, BFloat16>;
+    t.peak_bfloat16 = matrix::peak<BFloat16Step>;
+    return t;
+  }();
+  return filled;
+}
+}  // namespace sentfast::cpu::avx512_bf16

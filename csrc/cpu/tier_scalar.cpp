@@ -1,0 +1,19 @@
+// Every kernel for the instruction set `scalar`. Only this file is compiled with its flags, so nothing here may be
+// an inline function that other files share: the linker could keep this copy for all of them.
+
+#include "kernels.h"
+#include <cmath>
+#include <cstring>
+namespace sentfast::cpu::scalar {
+namespace {
+#include "vec_scalar.h"
+// clang-format off: the order matters
+#include "loops.inl.h"
+#include "pooling.inl.h"
+#include "rows.inl.h"
+#include "matrix.inl.h"
+// clang-format on
+}  // namespace
+#define SENTFAST_PEAK_FLOAT32 nullptr
+#include "table.inl.h"
+}  // namespace sentfast::cpu::scalar

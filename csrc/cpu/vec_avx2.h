@@ -1,0 +1,106 @@
+// Vec of eight floats in AVX2, FMA and F16C.
+
+struct Vec {
+  static constexpr int lanes = 8;
+  static constexpr int tile_vectors = 2;
+  static constexpr int tile_rows = 6;
+  __m256 v;
+
+  using Mask = __m256;  // all bits of a lane
+
+  static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+
+  static __m256i lane_mask(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m128i load_half(const uint16_t* p, int n) {
+    alignas(16) uint16_t lane[8] = {};
+    for (int i = 0; i < n; ++i) lane[i] = p[i];
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(lane));
+  }
+  static Vec widen_bf16(__m128i x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+  }
+  __m128i narrow_bf16() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
+  }
+  __m128i narrow_f16() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) { return widen_bf16(load_half(&p->bits)); }
+  static Vec load(const Float16* p) { return {_mm256_cvtph_ps(load_half(&p->bits))}; }
+  static Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, lane_mask(n))}; }
+  static Vec load(const BFloat16* p, int n) { return widen_bf16(load_half(&p->bits, n)); }
+  static Vec load(const Float16* p, int n) { return {_mm256_cvtph_ps(load_half(&p->bits, n))}; }
+
+  static void store_half(uint16_t* p, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x); }
+  static void store_half(uint16_t* p, __m128i x, int n) {
+    alignas(16) uint16_t lane[8];
+    _mm_store_si128(reinterpret_cast<__m128i*>(lane), x);
+    for (int i = 0; i < n; ++i) p[i] = lane[i];
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(BFloat16* p) const { store_half(&p->bits, narrow_bf16()); }
+  void store(Float16* p) const { store_half(&p->bits, narrow_f16()); }
+  void store(float* p, int n) const { _mm256_maskstore_ps(p, lane_mask(n), v); }
+  void store(BFloat16* p, int n) const { store_half(&p->bits, narrow_bf16(), n); }
+  void store(Float16* p, int n) const { store_half(&p->bits, narrow_f16(), n); }
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  void stream(BFloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16()); }
+  void stream(Float16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_f16()); }
+  static void stream_fence() { _mm_sfence(); }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  // a * b + c
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  // -1, 0 or 1; 0 for NaN, as torch.sign.
+  static Vec sign(Vec a) {
+    const __m256 one = _mm256_set1_ps(1.0f), none = _mm256_setzero_ps();
+    const __m256 plus = _mm256_and_ps(_mm256_cmp_ps(a.v, none, _CMP_GT_OQ), one);
+    const __m256 minus = _mm256_and_ps(_mm256_cmp_ps(a.v, none, _CMP_LT_OQ), one);
+    return {_mm256_sub_ps(plus, minus)};
+  }
+  // Lanes where x replaces best as a maximum: x is larger, or the first NaN.
+  static Mask above(Vec x, Vec best) {
+    return _mm256_and_ps(_mm256_cmp_ps(x.v, best.v, _CMP_NLE_UQ), _mm256_cmp_ps(best.v, best.v, _CMP_ORD_Q));
+  }
+  static Mask first_lanes(int n) { return _mm256_castsi256_ps(lane_mask(n)); }
+  static Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+
+  using Index = __m256i;  // an int32 per lane
+  static Index load_index(const int32_t* p, int n) {
+    return n == lanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskload_epi32(p, lane_mask(n));
+  }
+  static void store_index(Index x, int32_t* p, int n) {
+    if (n == lanes) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+    } else {
+      _mm256_maskstore_epi32(p, lane_mask(n), x);
+    }
+  }
+  static Index select_index(Mask m, int32_t value, Index old) {
+    return _mm256_blendv_epi8(old, _mm256_set1_epi32(value), _mm256_castps_si256(m));
+  }
+  static Mask equal(Index x, int32_t value) {
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_set1_epi32(value)));
+  }
+
+  float sum() const {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  static Vec broadcast(const Word* p) { return {_mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(*p)))}; }
+};

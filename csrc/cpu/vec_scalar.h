@@ -1,0 +1,165 @@
+// Vec without vector instructions: eight floats in a plain array. The compiler may use what the baseline has.
+#include <cmath>
+#include <cstring>
+
+struct Vec {
+  static constexpr int lanes = 8;
+  static constexpr int tile_vectors = 1;  // width of the matrix tile, in vectors
+  static constexpr int tile_rows = 4;
+  float v[lanes];
+
+  using Mask = unsigned;  // bit per lane
+
+  static Vec fill(float x) {
+    Vec r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = x;
+    return r;
+  }
+  static Vec zero() { return fill(0.0f); }
+
+  static float widen(float x) { return x; }
+  static float widen(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float r;
+    std::memcpy(&r, &bits, 4);
+    return r;
+  }
+  static float widen(Float16 x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t exponent = (x.bits >> 10) & 0x1f, mantissa = x.bits & 0x3ff;
+    if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24 is exact
+      const float r = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+      return sign != 0 ? -r : r;
+    }
+    const uint32_t bits = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (mantissa << 13);
+    float r;
+    std::memcpy(&r, &bits, 4);
+    return r;
+  }
+  static void narrow(float x, float* p) { *p = x; }
+  static void narrow(float x, BFloat16* p) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) {
+      p->bits = static_cast<uint16_t>((bits >> 16) | 0x40u);  // stays NaN whatever its payload
+    } else {
+      p->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
+  }
+  static void narrow(float x, Float16* p) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const float magnitude = std::fabs(x);
+    uint32_t half;
+    if (x != x) {
+      half = 0x7e00u;
+    } else if (magnitude >= 65520.0f) {
+      half = 0x7c00u;
+    } else if (magnitude < 6.103515625e-5f) {  // subnormal: round to a multiple of 2^-24
+      half = static_cast<uint32_t>(std::nearbyintf(magnitude * 16777216.0f));
+    } else {
+      const uint32_t m = bits & 0x7fffffffu;
+      half = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
+    }
+    p->bits = static_cast<uint16_t>(sign | half);
+  }
+
+  template <class T>
+  static Vec load(const T* p) {
+    Vec r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = widen(p[i]);
+    return r;
+  }
+  template <class T>
+  static Vec load(const T* p, int n) {
+    Vec r = zero();
+    for (int i = 0; i < n; ++i) r.v[i] = widen(p[i]);
+    return r;
+  }
+  template <class T>
+  void store(T* p) const {
+    for (int i = 0; i < lanes; ++i) narrow(v[i], p + i);
+  }
+  template <class T>
+  void store(T* p, int n) const {
+    for (int i = 0; i < n; ++i) narrow(v[i], p + i);
+  }
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
+  static void stream_fence() {}
+
+  friend Vec operator+(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  friend Vec operator-(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
+  friend Vec operator*(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
+  friend Vec operator/(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] /= b.v[i];
+    return a;
+  }
+  // a * b + c
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec abs(Vec a) {
+    for (int i = 0; i < lanes; ++i) a.v[i] = std::fabs(a.v[i]);
+    return a;
+  }
+  // -1, 0 or 1; 0 for NaN, as torch.sign.
+  static Vec sign(Vec a) {
+    for (int i = 0; i < lanes; ++i) a.v[i] = static_cast<float>((a.v[i] > 0) - (a.v[i] < 0));
+    return a;
+  }
+  // Lanes where x replaces best as a maximum: x is larger, or the first NaN.
+  static Mask above(Vec x, Vec best) {
+    Mask m = 0;
+    for (int i = 0; i < lanes; ++i) {
+      m |= static_cast<Mask>(!(x.v[i] <= best.v[i]) && best.v[i] == best.v[i]) << i;
+    }
+    return m;
+  }
+  static Mask first_lanes(int n) { return (1u << n) - 1u; }
+  static Vec select(Mask m, Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) b.v[i] = (m >> i) & 1u ? a.v[i] : b.v[i];
+    return b;
+  }
+
+  struct Index {  // an int32 per lane
+    int32_t v[lanes];
+  };
+  static Index load_index(const int32_t* p, int n) {
+    Index x = {};
+    for (int i = 0; i < n; ++i) x.v[i] = p[i];
+    return x;
+  }
+  static void store_index(Index x, int32_t* p, int n) {
+    for (int i = 0; i < n; ++i) p[i] = x.v[i];
+  }
+  static Index select_index(Mask m, int32_t value, Index old) {
+    for (int i = 0; i < lanes; ++i) old.v[i] = (m >> i) & 1u ? value : old.v[i];
+    return old;
+  }
+  static Mask equal(Index x, int32_t value) {
+    Mask m = 0;
+    for (int i = 0; i < lanes; ++i) m |= static_cast<Mask>(x.v[i] == value) << i;
+    return m;
+  }
+
+  float sum() const {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+  static Vec broadcast(const Word* p) {
+    const uint32_t bits = *p;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return fill(x);
+  }
+};

@@ -1,0 +1,216 @@
+"""What is installed, what runs where, and a short self-test of every operator."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_PACKAGES = ("sentfast", "torch", "sentence-transformers", "transformers", "triton", "numpy")
+_OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$")
+
+
+class Diagnosis:
+    """Returned by :func:`doctor`; prints as text.
+
+    Attributes:
+        facts: section -> what was found, ready for JSON.
+        missing: what would make it faster, with the command that adds it.
+        broken: what is wrong; empty if healthy.
+    """
+
+    def __init__(self, facts: dict[str, Any], missing: tuple[str, ...], broken: tuple[str, ...]):
+        self.facts, self.missing, self.broken = facts, missing, broken
+
+    @property
+    def healthy(self) -> bool:
+        return not self.broken
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "healthy": self.healthy,
+            "missing": list(self.missing),
+            "broken": list(self.broken),
+            **self.facts,
+        }
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for section, found in self.facts.items():
+            lines.append(section)
+            if isinstance(found, dict):
+                lines += [f"  {key:28} {_text(value)}" for key, value in found.items()]
+            else:
+                lines.append(f"  {_text(found)}")
+        lines += [f"missing: {line}" for line in self.missing] + [f"BROKEN: {line}" for line in self.broken]
+        lines.append("healthy" if self.healthy else "not healthy")
+        return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {inner}" for key, inner in value.items())
+    return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
+def doctor() -> Diagnosis:
+    """Looks at the installation and runs every operator once against its definition in float64."""
+    facts: dict[str, Any] = {"versions": _versions()}
+    if not _installed("torch"):
+        return Diagnosis(facts, (), ("PyTorch is not installed: pip install torch",))
+    try:
+        importlib.import_module("sentfast.ops")
+    except Exception as error:
+        return Diagnosis(facts, (), (f"the operators do not load: {type(error).__name__}: {error}",))
+    missing: list[str] = []
+    broken: list[str] = []
+    facts["libraries"] = _libraries(missing, broken)
+    facts["machine"] = _machine()
+    facts["backends"] = _backends()
+    facts["patched"] = _patched(missing, broken)
+    facts["self-test"] = self_test()
+    broken += [f"self-test of {name}: {result}" for name, result in facts["self-test"].items() if result != "OK"]
+    return Diagnosis(facts, tuple(missing), tuple(broken))
+
+
+def _installed(package: str) -> bool:
+    return importlib.import_module("importlib.util").find_spec(package) is not None
+
+
+def _versions() -> dict[str, str]:
+    metadata = importlib.import_module("importlib.metadata")
+    versions = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["sentfast"] = importlib.import_module("sentfast").__version__
+    return versions
+
+
+def _libraries(missing: list[str], broken: list[str]) -> dict[str, str]:
+    import torch
+
+    from sentfast import native
+
+    reasons = {"cpu": native.why_no_cpu(), "cuda": native.why_no_cuda(), "triton": native.why_no_triton("cuda")}
+    built = native.build_info()
+    if reasons["cpu"]:
+        (broken if built else missing).append(f"{reasons['cpu']}. Mend it with: {native.MEND}")
+    if torch.cuda.is_available():
+        if reasons["cuda"]:
+            (broken if built.get("cuda") else missing).append(f"{reasons['cuda']}. Mend it with: {native.MEND}")
+        if reasons["triton"]:
+            missing.append(f"{reasons['triton']}. Add it with: pip install triton")
+    return {name: reason or "loaded" for name, reason in reasons.items()}
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from sentfast import native
+
+    machine: dict[str, Any] = {
+        "cpu isa selected": native.cpu_isa() if native.cpu_loaded() else "none",
+        "cpu isas": native.supported_cpu_isas(),
+        "threads": torch.get_num_threads(),
+        "cpus of this process": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "openmp runtimes": openmp_runtimes(),
+    }
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        machine[f"gpu {index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+    return machine
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP runtimes in this process; more than one of them share the cores badly."""
+    if not os.path.exists("/proc/self/maps"):
+        return []
+    with open("/proc/self/maps") as maps:
+        found = [_OPENMP.search(line.rstrip()) for line in maps]
+    return sorted({match.group(1) for match in found if match is not None})
+
+
+def _backends() -> dict[str, dict[str, str]]:
+    """Operator -> backend -> "yes" or why not, for float32 on the device that the backend is for."""
+    import torch
+
+    from sentfast import registry
+
+    cpu = torch.empty(1)
+    cuda = torch.empty(1, device="cuda") if torch.cuda.is_available() else None
+    table: dict[str, dict[str, str]] = {}
+    for name, op in registry.ops.items():
+        table[name] = {}
+        for backend in registry.BACKENDS:
+            probe = cpu if backend in ("cpu", "reference") else cuda
+            why = "no GPU" if probe is None else op.why_not(backend, probe)
+            table[name][backend] = why or "yes"
+    return table
+
+
+def _patched(missing: list[str], broken: list[str]) -> list[str]:
+    from sentfast import switch
+
+    if not _installed(switch.TARGET):
+        missing.append("sentence-transformers is not installed: pip install sentence-transformers")
+    elif switch.is_enabled():
+        try:
+            importlib.import_module(switch.TARGET)
+        except ImportError as error:
+            broken.append(f"sentence-transformers does not import: {error}")
+    if switch.problem():
+        broken.append(f"sentence-transformers is not accelerated: {switch.problem()}")
+    return switch.patched()
+
+
+def self_test() -> dict[str, str]:
+    """Every public operator on random input, on every device here: "OK", or what is wrong."""
+    import torch
+
+    results = {}
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for name, run in _cases().items():
+            try:
+                results[f"{name} ({device})"] = _compare(run, device)
+            except Exception as error:
+                results[f"{name} ({device})"] = f"FAILED: {type(error).__name__}: {error}"
+    return results
+
+
+def _cases() -> dict[str, Callable]:
+    """Public operator -> a call of it on tokens [4, 33, 65], a mask and two matrices [17, 65], [9, 65]."""
+    from sentfast import functional
+
+    return {
+        "pool": lambda x, mask, a, b: functional.pool(x, mask, mode=("mean", "max", "weightedmean"), normalize=True),
+        "l2_normalize": lambda x, mask, a, b: functional.l2_normalize(a),
+        "cosine_similarity": lambda x, mask, a, b: functional.cosine_similarity(a, b),
+        "dot_similarity": lambda x, mask, a, b: functional.dot_similarity(a, b),
+        "pairwise_similarity": lambda x, mask, a, b: functional.pairwise_similarity(a[:9], b, "euclidean"),
+        "pairwise_cosine_similarity": lambda x, mask, a, b: functional.pairwise_cosine_similarity(a[:9], b),
+    }
+
+
+def _compare(run: Callable, device: str) -> str:
+    """Against the definition in float64; the bound is some hundred times the rounding error of float32."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 33, 65), (17, 65), (9, 65))]
+    mask = torch.arange(33) < torch.tensor([33, 1, 16, 20]).unsqueeze(1)
+    inputs = [value.float() for value in exact]
+    x, a, b = (value.double() for value in inputs)
+    expected = run(x, mask, a, b)
+    x, a, b = (value.to(device) for value in inputs)
+    result = run(x, mask.to(device), a, b).cpu().double()
+    error = ((result - expected).abs().max() / expected.abs().max()).item()
+    return "OK" if error < 1e-5 else f"FAILED: relative error {error:.1e}"

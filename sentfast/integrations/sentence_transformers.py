@@ -1,0 +1,122 @@
+"""Every attribute of sentence-transformers that is patched, in one table.
+
+Methods are replaced on their class, so instances that exist already are reached and a subclass keeps its override.
+Functions keep their identity and get another ``__code__``: sentence-transformers holds them as default arguments,
+compares them by identity and pickles them by name, and each of those references has to be reached.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from sentfast.integrations import modules, similarity, trampolines
+from sentfast.integrations.guards import MARK, accelerated
+from sentfast.integrations.versions import TESTED, Version, find, tested
+from sentfast.report import fallback, logger
+from sentfast.switch import Site
+
+_SIMILARITY = "sentence_transformers.util.similarity"
+_TENSOR = "sentence_transformers.util.tensor"
+
+
+class Row(NamedTuple):
+    """owner: a module for a function, module and class for a method."""
+
+    owner: str
+    attribute: str
+    replacement: Callable
+
+
+def table(version: Version) -> tuple[Row, ...]:
+    """What is patched. ``model.similarity`` and ``similarity_pairwise`` call these functions."""
+    return (
+        Row(f"{version.pooling}:Pooling", "forward", modules.pooling_forward),
+        Row(f"{version.normalize}:Normalize", "forward", modules.normalize_forward),
+        Row(_SIMILARITY, "cos_sim", similarity.cos_sim),
+        Row(_SIMILARITY, "dot_score", similarity.dot_score),
+        Row(_SIMILARITY, "pairwise_cos_sim", similarity.pairwise_cos_sim),
+        Row(_SIMILARITY, "pairwise_dot_score", similarity.pairwise_dot_score),
+        Row(_SIMILARITY, "pairwise_euclidean_sim", similarity.pairwise_euclidean_sim),
+        Row(_SIMILARITY, "pairwise_manhattan_sim", similarity.pairwise_manhattan_sim),
+        Row(_TENSOR, "normalize_embeddings", similarity.normalize_embeddings),
+    )
+
+
+def installed() -> str:
+    return importlib.import_module("sentence_transformers").__version__
+
+
+def resolve(text: str) -> Version | None:
+    """The description of a version, ready to use; None if nothing is known of it."""
+    version = find(text)
+    if version is None:
+        return None
+    return replace(version, to_tensor=importlib.import_module(_TENSOR)._convert_to_tensor)
+
+
+def sites() -> Iterator[Site]:
+    """The table as attributes to replace, for the installed version."""
+    text = installed()
+    version = resolve(text)
+    if not tested(text):
+        fallback("sentence_transformers", "SF111", f"{text}; tested are {TESTED}")
+    if version is None:
+        return
+    for row in table(version):
+        site = _method(version, row) if ":" in row.owner else _function(version, row)
+        if site is not None:
+            yield site
+
+
+def _method(version: Version, row: Row) -> Site | None:
+    module, _, cls = row.owner.partition(":")
+    owner = getattr(importlib.import_module(module), cls)
+    name = f"{cls}.{row.attribute}"
+    original = vars(owner).get(row.attribute)
+    if not isinstance(original, types.FunctionType) or original.__module__ != module:
+        _foreign(name)
+        return None
+    if hasattr(original, "__wrapped__") and not hasattr(original, MARK):
+        _foreign(name)
+        return None
+    attempt = functools.partial(row.replacement, version)
+    return Site(name, owner, row.attribute, lambda original: accelerated(name, original, attempt))
+
+
+def _function(version: Version, row: Row) -> Site | None:
+    owner: Any = getattr(importlib.import_module(row.owner), row.attribute, None)
+    trampoline = getattr(trampolines, row.attribute).__code__
+    known = isinstance(owner, types.FunctionType) and owner.__module__ == row.owner
+    if not known or not _same_arguments(owner.__code__, trampoline):
+        _foreign(row.attribute)
+        return None
+    attempt = functools.partial(row.replacement, version)
+
+    def build(code: types.CodeType) -> types.CodeType:
+        original = types.FunctionType(code, owner.__globals__, owner.__name__, owner.__defaults__)
+        functools.update_wrapper(original, owner)
+        vars(original).pop("__wrapped__")
+        trampolines.replacements[row.attribute] = accelerated(row.attribute, original, attempt)
+        return trampoline.replace()
+
+    return Site(row.attribute, owner, "__code__", build)
+
+
+def _same_arguments(code: types.CodeType, other: types.CodeType) -> bool:
+    """Also in name, so that keyword calls and ``inspect.signature`` stay as they are."""
+
+    def arguments(code: types.CodeType) -> tuple[Any, ...]:
+        names = code.co_varnames[: code.co_argcount]
+        return names, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_flags & 12, code.co_freevars
+
+    return arguments(code) == arguments(other)
+
+
+def _foreign(name: str) -> None:
+    fallback(name, "SF110")
+    logger.warning("%s is not the one of sentence-transformers and is left as it is [SF110]", name)

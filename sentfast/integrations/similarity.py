@@ -1,0 +1,98 @@
+"""What runs in place of the similarity functions of ``sentence_transformers.util``.
+
+Each function returns the result, or the reason code why the original has to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sentfast import functional
+from sentfast.integrations import guards
+from sentfast.integrations.versions import Version
+
+
+def cos_sim(version: Version, a: Any, b: Any) -> Tensor | str:
+    reason, a, b = _matrices(version, a, b)
+    return reason if reason else _scores(version, functional.cosine_similarity(a, b), a)
+
+
+def dot_score(version: Version, a: Any, b: Any) -> Tensor | str:
+    reason, a, b = _matrices(version, a, b)
+    return reason if reason else _scores(version, functional.dot_similarity(a, b), a)
+
+
+def pairwise_cos_sim(version: Version, a: Any, b: Any) -> Tensor | str:
+    return _pairwise(version, a, b, "cosine")
+
+
+def pairwise_dot_score(version: Version, a: Any, b: Any) -> Tensor | str:
+    return _pairwise(version, a, b, "dot")
+
+
+def pairwise_euclidean_sim(version: Version, a: Any, b: Any) -> Tensor | str:
+    return _pairwise(version, a, b, "euclidean")
+
+
+def pairwise_manhattan_sim(version: Version, a: Any, b: Any) -> Tensor | str:
+    return _pairwise(version, a, b, "manhattan")
+
+
+def normalize_embeddings(version: Version, x: Any) -> Tensor | str:
+    reason = guards.tensor(x) or guards.half_under_autocast(x)
+    if reason:
+        return reason
+    if x.ndim != 2 and (x.ndim == 0 or version.normalizes_dimension_1):
+        return "SF107"
+    return functional.l2_normalize(x)
+
+
+def _operands(version: Version, a: Any, b: Any) -> tuple[str, Any, Any]:
+    if isinstance(a, (list, np.ndarray)):
+        a = version.to_tensor(a)
+    if isinstance(b, (list, np.ndarray)):
+        b = version.to_tensor(b)
+    reason = guards.tensor(a) or guards.tensor(b)
+    if not reason and a.dtype != b.dtype:
+        reason = "SF102"
+    if not reason and a.device != b.device:
+        reason = "SF103"
+    return reason, a, b
+
+
+def _matrices(version: Version, a: Any, b: Any) -> tuple[str, Any, Any]:
+    reason, a, b = _operands(version, a, b)
+    if reason:
+        return reason, a, b
+    a = a.unsqueeze(0) if a.ndim == 1 else a
+    b = b.unsqueeze(0) if b.ndim == 1 else b
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        return "SF107", a, b
+    return "", a, b
+
+
+def _scores(version: Version, scores: Tensor, a: Tensor) -> Tensor:
+    """In the dtype that the original returns: it multiplies in the autocast dtype, older versions in the input's."""
+    device = a.device.type
+    if torch.is_autocast_enabled(device):
+        return scores.to(torch.get_autocast_dtype(device))
+    return scores if version.scores_float32 else scores.to(a.dtype)
+
+
+def _pairwise(version: Version, a: Any, b: Any, metric: str) -> Tensor | str:
+    reason, a, b = _operands(version, a, b)
+    if reason:
+        return reason
+    if a.shape != b.shape or (metric == "cosine" and version.normalizes_dimension_1 and a.ndim != 2):
+        return "SF107"
+    needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if metric == "euclidean" and needs_grad and not version.euclidean_zero_gradient:
+        return "SF109"
+    if version.scores_float32:
+        return functional.pairwise_similarity(a, b, metric)
+    reason = guards.half_under_autocast(a)
+    return reason if reason else functional.pairwise_similarity(a, b, metric).to(a.dtype)

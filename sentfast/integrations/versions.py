@@ -1,0 +1,100 @@
+"""What differs between the versions of sentence-transformers: where classes live and what their results are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+TESTED = "5.1 up to, not including, 6.3"
+
+
+def _unresolved(x: Any) -> Any:
+    raise RuntimeError("the version is not resolved yet")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One range of versions with the same behaviour, as far as the patched functions go.
+
+    Attributes:
+        first: the first version of the range.
+        pooling, normalize: module of the class.
+        mode_flags: the pooling modes are one bool attribute each, with a fixed order.
+        scores_float32: half embeddings give float32 scores, else scores in their dtype.
+        prompt_as_reference: prompt exclusion is as our operator defines it; the older ones also rewrite the mask.
+        first_column: modes whose result agrees with our operator's only if every row's first column is in use.
+        normalizes_dimension_1: normalisation goes along dimension 1 instead of the last.
+        euclidean_zero_gradient: the gradient of the pairwise Euclidean similarity is 0 at distance 0, else NaN.
+        to_tensor: sentence-transformers' own conversion of lists and arrays.
+    """
+
+    first: tuple[int, int]
+    pooling: str
+    normalize: str
+    mode_flags: bool = False
+    scores_float32: bool = True
+    prompt_as_reference: bool = False
+    first_column: tuple[str, ...] = ()
+    normalizes_dimension_1: bool = True
+    euclidean_zero_gradient: bool = False
+    to_tensor: Callable[[Any], Any] = _unresolved
+
+
+_MODELS = "sentence_transformers.models."
+_MODULES = "sentence_transformers.sentence_transformer.modules."
+_BASE_MODULES = "sentence_transformers.base.modules."
+
+# Newest first. Left padding: up to 5.6 `cls` is the first column; up to 6.1 `weightedmean` counts absolute columns.
+VERSIONS = (
+    Version(
+        first=(6, 2),
+        pooling=_MODULES + "pooling",
+        normalize=_BASE_MODULES + "normalize",
+        prompt_as_reference=True,
+        normalizes_dimension_1=False,
+        euclidean_zero_gradient=True,
+    ),
+    Version(
+        first=(6, 0),
+        pooling=_MODULES + "pooling",
+        normalize=_BASE_MODULES + "normalize",
+        first_column=("weightedmean",),
+    ),
+    Version(
+        first=(5, 4),
+        pooling=_MODULES + "pooling",
+        normalize=_MODULES + "normalize",
+        scores_float32=False,
+        first_column=("cls", "weightedmean"),
+    ),
+    # `max` fills with -1e9 instead of -inf, which shows where a row has no token in use.
+    Version(
+        first=(5, 0),
+        pooling=_MODELS + "Pooling",
+        normalize=_MODELS + "Normalize",
+        mode_flags=True,
+        scores_float32=False,
+        first_column=("cls", "max", "weightedmean"),
+    ),
+)
+
+
+def number(version: str) -> tuple[int, int]:
+    """(major, minor) of a version string; (0, 0) if it has another form."""
+    parts = version.split(".")
+    if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
+        return 0, 0
+    return int(parts[0]), int(parts[1])
+
+
+def tested(version: str) -> bool:
+    return (5, 1) <= number(version) < (6, 3)
+
+
+def find(version: str) -> Version | None:
+    """The description that fits; None for a major version of which nothing is known."""
+    found = number(version)
+    if found[0] not in (5, 6):
+        return None
+    return next(description for description in VERSIONS if found >= description.first)

@@ -1,0 +1,65 @@
+"""The backends that can run here, each as a context that forces it and fails if another one ran."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+import sentfast
+import sentfast.functional  # noqa: F401  (defines the operators)
+from sentfast import native, registry
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.isa}" if self.isa else self.name
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        # Triton's interpreter computes bfloat16 wrongly without a word (triton-lang/triton#11584).
+        return not (self.interpreted and dtype == torch.bfloat16)
+
+    @contextmanager
+    def forced(self, *operators: str) -> Iterator[None]:
+        """Runs the body on this backend; fails unless it ran each of `operators`, and if another backend ran."""
+        before = native.cpu_isa() if self.isa else None
+        if self.isa:
+            native.cpu_isa(self.isa)
+        sentfast.report(reset=True)
+        try:
+            with registry.use_backend(self.name):
+                yield
+        finally:
+            if before:
+                native.cpu_isa(before)
+        ran = sentfast.report().calls
+        assert {backend for _, backend in ran} <= {self.name}, f"another backend than {self} ran: {ran}"
+        missing = set(operators) - {operator for operator, _ in ran}
+        assert not missing, f"{missing} did not run on {self}"
+
+
+def available() -> list[Backend]:
+    found = [Backend("reference", "cpu")]
+    found += [Backend("cpu", "cpu", isa) for isa in native.supported_cpu_isas()]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [Backend("triton", "cpu")]
+    if torch.cuda.is_available():
+        found.append(Backend("triton", "cuda"))
+        if not native.why_no_cuda():
+            found.append(Backend("cuda", "cuda"))
+    return found
+
+
+BACKENDS = available()

@@ -1,0 +1,37 @@
+"""Test session: fresh random inputs with a seed that is printed, and the backends that this machine has."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside the tests; nothing else of the checkout
+
+SEED = int(os.environ.get("SENTFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def pytest_report_header() -> str:
+    return f"SENTFAST_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Each test draws from its own stream, the same one again with the same SENTFAST_TEST_SEED."""
+    torch.manual_seed((SEED + hash_name(request.node.nodeid)) % 2**31)
+
+
+def hash_name(name: str) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate(name[-24:])) % 2**31
+
+
+@pytest.fixture(autouse=True)
+def fill_new_tensors():
+    """New tensors hold NaN, so an element that a kernel forgot is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

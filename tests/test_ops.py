@@ -1,0 +1,204 @@
+"""Every generic property of every operator, over the table of cases, on every backend of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from backends import BACKENDS, Backend
+from cases import CASES, DTYPES, Call, Case
+from torch import Tensor
+
+from sentfast import registry
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def leaves(call: Call) -> Call:
+    return Call(tuple(x.detach().clone().requires_grad_() for x in call.tensors), call.options, call.label)
+
+
+def gradients(case: Case, call: Call, grad: Tensor) -> tuple[Tensor, ...]:
+    call = leaves(call)
+    out = case.run(call)
+    return torch.autograd.grad(out, call.tensors, grad.to(out.dtype))
+
+
+def smallest_norm(call: Call) -> float:
+    return min(x.double().norm(dim=-1).min().item() for x in call.tensors)
+
+
+def skip_unsupported(backend: Backend, dtype: torch.dtype) -> None:
+    if not backend.supports(dtype):
+        pytest.skip(f"{backend} cannot compute {dtype}")
+
+
+@every_dtype
+@every_backend
+@every_case
+def test_values(case: Case, backend: Backend, dtype: torch.dtype) -> None:
+    skip_unsupported(backend, dtype)
+    for call in case.calls(dtype, backend.device, backend.interpreted):
+        with backend.forced(case.operators[0]):
+            result = case.run(call)
+        with registry.use_backend("reference"):
+            eager, exact = case.run(call), case.run(call.to(torch.float64))
+        assert result.dtype == eager.dtype
+        assert_accurate(result, eager, exact, what=f"{case.name} {call.label}")
+
+
+@every_dtype
+@every_backend
+@every_case
+def test_gradients(case: Case, backend: Backend, dtype: torch.dtype) -> None:
+    skip_unsupported(backend, dtype)
+    for call in case.calls(dtype, backend.device, backend.interpreted):
+        with registry.use_backend("reference"):
+            out = case.run(call)
+            grad = torch.randn_like(out)
+            eager = gradients(case, call, grad)
+            exact = gradients(case, call.to(torch.float64), grad)
+        with backend.forced(*case.operators):
+            result = gradients(case, call, grad)
+        for got, plain, true, x in zip(result, eager, exact, call.tensors, strict=True):
+            assert got.dtype == x.dtype
+            assert got.shape == x.shape
+            # A gradient along the result cancels in the normalisation, so it is judged by what it was made of.
+            size = grad.abs().max().item() / min(1.0, smallest_norm(call)) if grad.numel() else 0.0
+            assert_accurate(got, plain, true, size=size, what=f"{case.name} {call.label}")
+
+
+@every_case
+def test_reference_gradient_is_the_derivative(case: Case) -> None:
+    for call in case.calls(torch.float64, "cpu", True):
+        with registry.use_backend("reference"):
+            call = leaves(call)
+            if torch.isfinite(case.run(call)).all():
+                torch.autograd.gradcheck(lambda *tensors, c=call: case.function(*tensors, **c.options), call.tensors)
+
+
+def variants(x: Tensor) -> dict[str, Tensor]:
+    """The same values with other strides and offsets."""
+    spaced = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), float("nan"), dtype=x.dtype, device=x.device)
+    offset, skipping = spaced.clone()[..., 1 : x.shape[-1] + 1], spaced[..., : 2 * x.shape[-1] : 2]
+    return {"transposed": x.mT.contiguous().mT, "offset": offset.copy_(x), "skipping": skipping.copy_(x)}
+
+
+@every_backend
+@every_case
+def test_strides_do_not_matter(case: Case, backend: Backend) -> None:
+    calls = [c for c in case.calls(torch.float32, backend.device, True) if c.tensors[0].ndim > 1]
+    for call in calls[:: max(1, len(calls) // 12)]:
+        grad = torch.randn_like(case.run(call))
+        with backend.forced(*case.operators):
+            expected = case.run(call), *gradients(case, call, grad)
+            for name in ("transposed", "offset", "skipping"):
+                strided = Call(tuple(variants(x)[name] for x in call.tensors), call.options)
+                inputs = tuple(x.detach().requires_grad_() for x in strided.tensors)
+                out = case.function(*inputs, **call.options)
+                other = grad.new_zeros(*grad.shape, 2)[..., 0].copy_(grad)  # a strided gradient
+                for got, want in zip((out, *torch.autograd.grad(out, inputs, other)), expected, strict=True):
+                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"{name} {call.label}")
+
+
+@every_backend
+@every_case
+def test_expanded_inputs(case: Case, backend: Backend) -> None:
+    for call in list(case.calls(torch.float32, backend.device, True))[-2:]:
+        if call.tensors[0].ndim < 2:
+            continue
+        expanded = Call(tuple(x[:1].expand_as(x) for x in call.tensors), call.options)
+        copied = Call(tuple(x.contiguous() for x in expanded.tensors), call.options)
+        with backend.forced(case.operators[0]):
+            torch.testing.assert_close(case.run(expanded), case.run(copied), equal_nan=True)
+
+
+@every_backend
+@every_case
+def test_two_runs_are_bitwise_equal(case: Case, backend: Backend) -> None:
+    for call in list(case.calls(torch.float32, backend.device, backend.interpreted))[-3:]:
+        grad = torch.randn_like(case.run(call))
+        with backend.forced(*case.operators):
+            first, second = (torch.cat([g.flatten() for g in gradients(case, call, grad)]) for _ in range(2))
+            one, two = case.run(call), case.run(call)
+        assert torch.equal(one.nan_to_num(nan=9.0), two.nan_to_num(nan=9.0))
+        assert torch.equal(first.nan_to_num(nan=9.0), second.nan_to_num(nan=9.0))
+
+
+@every_backend
+@every_case
+def test_nan_and_inf_reach_the_result(case: Case, backend: Backend) -> None:
+    for call in list(case.calls(torch.float32, backend.device, True))[-2:]:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            spoiled = call.tensors[0].clone()
+            spoiled[..., -1, 0] = value if spoiled.ndim > 1 else 0.0
+            bad = Call((spoiled, *call.tensors[1:]), call.options)
+            with backend.forced(case.operators[0]):
+                result = case.run(bad)
+            with registry.use_backend("reference"):
+                exact = case.run(bad.to(torch.float64))
+            assert_accurate(result, exact.to(result.dtype), exact, what=f"{case.name} {call.label} with {value}")
+
+
+@every_case
+def test_opcheck(case: Case) -> None:
+    """Schema, fake kernel and tracing of the registered operators, through torch.library.opcheck."""
+    recorded: list[tuple[registry.Op, tuple]] = []
+    original = registry.Op.__call__
+
+    def record(self: registry.Op, *args):
+        recorded.append((self, args))
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry.Op, "__call__", record)
+        calls = list(case.calls(torch.float32, "cpu", True))
+        for call in calls[:: max(1, len(calls) // 3)][:3]:
+            gradients(case, call, torch.randn_like(case.run(call)))
+    assert {op.name for op, _ in recorded} >= set(case.operators)
+    seen = {op.name: (op, args) for op, args in recorded}
+    for op, args in seen.values():
+        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(op.overload, args, test_utils=tests)
+
+
+@every_case
+def test_compiles_without_a_break(case: Case) -> None:
+    call = list(case.calls(torch.float32, "cpu", True))[-1]
+    compiled = torch.compile(lambda *tensors: case.function(*tensors, **call.options), fullgraph=True, backend="aot_eager")
+    inputs, plain = leaves(call), leaves(call)
+    out, expected = compiled(*inputs.tensors), case.run(plain)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad(out, inputs.tensors, grad), torch.autograd.grad(expected, plain.tensors, grad), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@every_case
+def test_autocast_does_not_change_the_result(case: Case) -> None:
+    call = list(case.calls(torch.float32, "cpu", True))[-1]
+    expected = case.run(call)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = case.run(call)
+    assert result.dtype == expected.dtype
+    assert torch.equal(result, expected)
+
+
+@every_case
+def test_functional_transforms_are_refused(case: Case) -> None:
+    call = list(case.calls(torch.float32, "cpu", True))[-1]
+    with pytest.raises(RuntimeError, match="setup_context|functorch|vmap"):
+        torch.func.grad(lambda x: case.function(x, *call.tensors[1:], **call.options).sum())(call.tensors[0])
+
+
+@every_case
+def test_double_backward_is_refused(case: Case) -> None:
+    call = leaves(list(case.calls(torch.float32, "cpu", True))[-1])
+    grads = torch.autograd.grad(case.run(call).sum(), call.tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|does not have a grad_fn"):
+        torch.autograd.grad(grads[0].sum(), call.tensors)

@@ -1,0 +1,207 @@
+"""Compiles every Triton kernel, as its launcher would, for real GPUs on a machine without one.
+
+The compiled binaries must not spill registers and must fit the shared memory of their GPU. What they use is compared
+with benchmarks/results/triton_resources.json; SENTFAST_RECORD=1 writes that file anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "triton_resources.json"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block can have
+TARGETS = [(torch.bfloat16, cc) for cc in SHARED_LIMIT] + [(torch.float32, 90), (torch.float16, 90)]
+# Small changes of a compiler are no news.
+REGISTER_TOLERANCE = 16
+SHARED_TOLERANCE = 4096
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+BATCH, LENGTH, COLUMNS = 32, 128, 384
+SIX_MODES = [0, 1, 2, 3, 4, 5]
+COSINE, EUCLIDEAN = 0, 2
+EPS = 1e-12
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
+    """What to launch: a label, the operator and its arguments."""
+    padded, packed = torch.empty(BATCH, LENGTH, COLUMNS, dtype=dtype), torch.empty(4096, COLUMNS, dtype=dtype)
+    mask, cu_seqlens = torch.empty(BATCH, LENGTH, dtype=torch.int64), torch.empty(BATCH + 1, dtype=torch.int32)
+    norm, none = torch.empty(BATCH), torch.empty(0)
+    rows, wide = torch.empty(BATCH, COLUMNS, dtype=dtype), torch.empty(BATCH, 6 * COLUMNS, dtype=dtype)
+    argmax = torch.empty(BATCH, COLUMNS, dtype=torch.int32)
+    yield "padded, six modes", "pool", (padded, mask, None, SIX_MODES, 0, False)
+    yield "packed, mean, normalize", "pool", (packed, None, cu_seqlens, [0], 0, True)
+    yield (
+        "padded, six modes",
+        "pool_backward",
+        (wide, wide, none, argmax, mask, None, SIX_MODES, 0, LENGTH, False),
+    )
+    yield (
+        "packed, mean, normalize",
+        "pool_backward",
+        (rows, rows, norm, none.int(), None, cu_seqlens, [0], 0, 4096, True),
+    )
+    yield "", "l2_normalize", (rows, EPS)
+    yield "", "l2_normalize_backward", (rows.float(), rows, norm, EPS)
+    for name, metric in (("cosine", COSINE), ("euclidean", EUCLIDEAN)):
+        yield name, "pairwise_similarity", (rows, rows, metric, EPS)
+        yield name, "pairwise_similarity_backward", (norm, rows, rows, norm, norm, norm, metric, EPS)
+    many = torch.empty(1024, COLUMNS, dtype=dtype)
+    yield "", "dot_similarity", (many, many)
+    yield "", "cosine_similarity", (many, many, EPS)
+    if dtype == torch.float32:
+        yield "tf32", "dot_similarity", (many, many)
+        yield "tf32", "cosine_similarity", (many, many, EPS)
+    else:
+        yield "float32 gradient", "dot_similarity", (torch.empty(1024, 1024), many.mT)
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of a launch."""
+
+    def __init__(self, kernel: Any, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def source(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A launch as Triton's compiler takes it, specialised on its integers as a launch is; and its options."""
+    from triton.compiler import ASTSource
+
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not free):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and not free):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of spills in a binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found, text
+    # The kernels keep no arrays in local memory, so whatever is there was spilled.
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def compile_all() -> dict[str, Any]:
+    """Compiles the launches of every call for every target; runs in a process without TRITON_INTERPRET."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    import sentfast.functional  # noqa: F401  (defines the operators)
+    from sentfast import native
+    from sentfast.registry import ops
+
+    native.load_triton()
+    launches: list[tuple[Any, tuple, dict]] = []
+    kernels = set()
+    for module in [m for name, m in sys.modules.items() if name.startswith("sentfast.kernels.")]:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                kernels.add(name)
+                setattr(module, name, Recorder(value, launches))
+
+    resources, launched = {}, set()
+    for dtype, cc in TARGETS:
+        for label, name, args in calls(dtype):
+            torch.backends.cuda.matmul.allow_tf32 = label == "tf32"
+            ops[name].triton(*args)
+            for kernel, kernel_args, kwargs in launches:
+                built, options = source(kernel, kernel_args, kwargs)
+                compiled = triton.compile(built, target=GPUTarget("cuda", cc, 32), options=options)
+                registers, spills = usage(compiled.asm["cubin"])
+                launched.add(kernel.__name__)
+                key = f"{name}{f' ({label})' if label else ''}: {kernel.__name__}, {str(dtype)[6:]}, sm_{cc}"
+                resources[key] = {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
+            launches.clear()
+    return {"triton": triton.__version__, "never_launched": sorted(kernels - launched), "resources": resources}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_is_compiled(compiled: dict[str, Any]) -> None:
+    assert not compiled["never_launched"], "add a call that launches these kernels to calls()"
+
+
+def test_no_register_spills(compiled: dict[str, Any]) -> None:
+    spilled = {key: used for key, used in compiled["resources"].items() if used["spills"]}
+    assert not spilled
+
+
+def test_shared_memory_fits(compiled: dict[str, Any]) -> None:
+    for key, used in compiled["resources"].items():
+        assert used["shared"] <= SHARED_LIMIT[int(key.rpartition("_")[2])], key
+
+
+def test_resources_are_those_on_record(compiled: dict[str, Any]) -> None:
+    if os.environ.get("SENTFAST_RECORD") == "1":
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"triton": compiled["triton"], "resources": compiled["resources"]}
+        RECORD.write_text(json.dumps(kept, indent=1) + "\n")
+    renew = f"renew {RECORD.name} with: SENTFAST_RECORD=1 python -m pytest {Path(__file__).name}"
+    assert RECORD.exists(), renew
+    recorded = json.loads(RECORD.read_text())
+    assert recorded["resources"].keys() == compiled["resources"].keys(), renew
+    if recorded["triton"] != compiled["triton"]:
+        pytest.skip(f"recorded with Triton {recorded['triton']}, this is {compiled['triton']}")
+    moved = {
+        key: (recorded["resources"][key], used)
+        for key, used in compiled["resources"].items()
+        if abs(recorded["resources"][key]["registers"] - used["registers"]) > REGISTER_TOLERANCE
+        or abs(recorded["resources"][key]["shared"] - used["shared"]) > SHARED_TOLERANCE
+        or recorded["resources"][key]["spills"] != used["spills"]
+    }
+    assert not moved, f"(on record, now): {moved}; {renew}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))
