@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     described = machine.describe(device, options.threads)
     backends = {options.backend} if options.backend else gate.EXPECTED[device.type]
     shrink = QUICK_SHRINK if options.quick else 1
-    pace = {"budget": 0.3, "compiled": False} if options.quick else {}
+    pace: dict[str, Any] = {"budget": 0.3, "compiled": False} if options.quick else {}
     chosen = select(options.only)
     if os.getloadavg()[0] > BUSY:
         print(f"load average {os.getloadavg()[0]:.1f}: other work on this machine spoils the figures", file=sys.stderr)

@@ -39,29 +39,37 @@ def better(one: Limits, other: Limits) -> Limits:
     return {name: max((x for x in (one[name], other[name]) if x is not None), default=None) for name in one}
 
 
-def _best(clock: Clock, call: Callable[[None], object], repeats: int) -> float:
-    clock.seconds(call, None)
-    return min(clock.seconds(call, None) for _ in range(repeats))
+def _best(clock: Clock, call: Callable[[], object], repeats: int) -> float:
+    clock.seconds(lambda _: call(), None)
+    return min(clock.seconds(lambda _: call(), None) for _ in range(repeats))
 
 
 def _bandwidths(device: torch.device, clock: Clock, size: int, repeats: int) -> dict[str, float]:
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     half = source.view(2, -1)
-    readers = (source.sum, source.amax, lambda: torch.dot(half[0], half[1]), lambda: torch.linalg.vector_norm(source))
+    readers: list[Callable[[], object]] = [
+        source.sum,
+        source.amax,
+        lambda: torch.dot(half[0], half[1]),
+        lambda: torch.linalg.vector_norm(source),
+    ]
     # Not torch.zeros: its pages come from the system already zero and nothing is written.
-    writers = (lambda: torch.full_like(source, 2.0), lambda: torch.empty_like(source).zero_())
+    writers: list[Callable[[], object]] = [
+        lambda: torch.full_like(source, 2.0),
+        lambda: torch.empty_like(source).zero_(),
+    ]
     return {
-        "read": size / min(_best(clock, lambda _, read=read: read(), repeats) for read in readers),
-        "copy": 2 * size / _best(clock, lambda _: target.copy_(source), repeats),
-        "copy_fresh": 2 * size / _best(clock, lambda _: source.clone(), repeats),
-        "write_fresh": size / min(_best(clock, lambda _, write=write: write(), repeats) for write in writers),
+        "read": size / min(_best(clock, read, repeats) for read in readers),
+        "copy": 2 * size / _best(clock, lambda: target.copy_(source), repeats),
+        "copy_fresh": 2 * size / _best(clock, source.clone, repeats),
+        "write_fresh": size / min(_best(clock, write, repeats) for write in writers),
     }
 
 
 def _gemm(device: torch.device, clock: Clock, dtype: torch.dtype, size: int) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best(clock, lambda _: torch.mm(a, b), 5)
+    return 2 * size**3 / _best(clock, lambda: torch.mm(a, b), 5)
 
 
 def _peak(dtype: str, threads: int, seconds: float) -> float | None:

@@ -31,8 +31,9 @@ Result = dict[str, Any]
 
 
 def load(folder: Path = RESULTS) -> dict[str, Result]:
-    """File name without suffix -> content of every result file."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """File name without suffix -> content of every result file; JSON of other kinds in the folder is left out."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in found.items() if "workloads" in content}
 
 
 def documents(root: Path = ROOT) -> list[Path]:

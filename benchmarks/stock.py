@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -28,11 +29,10 @@ def stock_pool(mode: str) -> Pool:
 
 def _modules(mode: str, dim: int) -> tuple:
     try:
-        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-    except ImportError:  # before 6.0
-        from sentence_transformers.models import Normalize, Pooling
-
-    return Pooling(dim, mode), Normalize()
+        found = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    except ImportError:  # as it was called before
+        found = importlib.import_module("sentence_transformers.models")
+    return found.Pooling(dim, mode), found.Normalize()
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:

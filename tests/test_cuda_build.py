@@ -100,10 +100,9 @@ def compile_resources(architecture: str, folder: Path) -> dict[str, dict[str, di
     include = Path(torch.__file__).parent / "include"
     resources = {}
     for source in SOURCES:
-        done = run(
-            ["nvcc", *flags, f"-I{include}", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-cubin"]
-            + ["-o", str(folder / f"{source}.{architecture}.cubin"), str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
-        )
+        cubin, path = folder / f"{source}.{architecture}.cubin", ROOT / "csrc" / "cuda" / f"{source}.cu"
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        done = run(["nvcc", *flags, f"-I{include}", target, "-cubin", "-o", str(cubin), str(path)])
         assert done.returncode == 0, done.stderr[-4000:]
         resources[source] = parse_resources(done.stderr + done.stdout)
     return resources
@@ -145,8 +144,9 @@ def test_resources(architecture: str, tmp_path: Path) -> None:
         assert set(kernels) == set(recorded[source]), f"kernels came or went; renew the record with: {RENEW}"
         for name, used in kernels.items():
             registers, shared = recorded[source][name]
-            if abs(used["registers"] - registers) > REGISTER_TOLERANCE or abs(used["shared"] - shared) > SHARED_TOLERANCE:
-                changed.append(f"{name}: {used['registers']} registers, {used['shared']} bytes; was {registers}, {shared}")
+            more_registers, more_shared = used["registers"] - registers, used["shared"] - shared
+            if abs(more_registers) > REGISTER_TOLERANCE or abs(more_shared) > SHARED_TOLERANCE:
+                changed.append(f"{name}: {more_registers:+} registers, {more_shared:+} bytes of shared memory")
     assert not changed, (
         f"sm_{architecture} differs from the record (nvcc {record['nvcc']}, this is {nvcc_version()}):\n"
         + "\n".join(changed)

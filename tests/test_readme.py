@@ -130,3 +130,9 @@ def test_plot_is_the_same_for_the_same_numbers(tmp_path, results):
     first = report.plot("some-cpu", results["some-cpu"], tmp_path).read_bytes()
     assert first == report.plot("some-cpu", results["some-cpu"], tmp_path).read_bytes()
     assert b"mean, forward" in first
+
+
+def test_json_of_other_kinds_is_not_a_result_file(tmp_path):
+    (tmp_path / "other.json").write_text('{"registers": 64}')
+    (tmp_path / "machine.json").write_text('{"workloads": {}}')
+    assert list(report.load(tmp_path)) == ["machine"]

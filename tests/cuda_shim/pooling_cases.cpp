@@ -276,7 +276,8 @@ class PoolTest {
         if (t >= 0) add(t, g);
       } else if (mode == kMax) {
         const int32_t t = reinterpret_cast<int32_t*>(argmax_.data())[b * c_.dim + i % c_.dim];
-        if (t >= 0) add(t, g);
+        // A wrong one has been reported; here it must not lead outside.
+        if (t >= 0 && (w.origin + t) * c_.dim < static_cast<int64_t>(want.size())) add(t, g);
       } else {
         for (const int64_t t : w.used) {
           add(t, g * (mode == kWeightedMean ? static_cast<double>(t - w.shift + 1) : 1) / denominator(mode, w));

@@ -95,7 +95,6 @@ void test_normalize(const Shape& shape, Dtype dtype, Dtype grad_dtype, double ep
       want.push_back(normalize_grad(grad[r * dim + c], x[r * dim + c] / size, along, norm_r, eps));
     }
   }
-  for (double& v : want) v = dtype == Dtype::kHalf && fabs(v) >= 65520 ? copysign(INFINITY, v) : v;
   expect_near(name + " grad_x", grad_x, want);
 }
 
@@ -201,9 +200,6 @@ void test_pairwise(const Shape& shape, Dtype dtype, Dtype grad_dtype, int metric
       want_grad_a.push_back(pairwise_grad(metric, gr, x, y, s, na, nb, eps, 1));
       want_grad_b.push_back(pairwise_grad(metric, gr, y, x, s, nb, na, eps, -1));
     }
-  }
-  for (std::vector<double>* v : {&want_grad_a, &want_grad_b}) {
-    for (double& x : *v) x = dtype == Dtype::kHalf && fabs(x) >= 65520 ? copysign(INFINITY, x) : x;
   }
   expect_near(name + " grad_a", grad_a, want_grad_a);
   expect_near(name + " grad_b", grad_b, want_grad_b);
