@@ -66,6 +66,8 @@ class Op:
         self.prefer_triton = prefer_triton
         self.triton: Callable | None = None
         self.overload = getattr(torch.ops.sentfast, self.name).default
+        # What the overload calls after a Python hop; half a microsecond less where it is there.
+        self.compiled_cpu = getattr(self.overload, "_op", self.overload)
         self.cuda = getattr(torch.ops.sentfast_cuda, self.name).default
         self.calls = counters(self.name, BACKENDS)
 
@@ -75,7 +77,7 @@ class Op:
             return self.overload(*args) if x.dtype in KERNEL_DTYPES else self.reference(*args)
         if x.is_cpu and native.state.cpu is not None and x.dtype in KERNEL_DTYPES and _forced_backend() is None:
             self.calls["cpu"] += 1  # the common case, in the fewest steps
-            return self.overload(*args)
+            return self.compiled_cpu(*args)
         backend, implementation = self.choose(x)
         self.calls[backend] += 1
         return implementation(*args)

@@ -35,3 +35,10 @@ def floats(name: str, x: object, ndim: str, ranks: tuple[int, ...] | None = None
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {x.device}")
+
+
+def needs_function(x: Tensor, y: Tensor | None = None) -> bool:
+    """Whether a call must go through its autograd.Function: for a gradient, or for PyTorch to refuse a transform."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return (x.requires_grad or (y is not None and y.requires_grad)) and torch.is_grad_enabled()

@@ -159,6 +159,6 @@ def pool(
     if prompt_length < 0:
         raise ValueError(f"prompt_length: expected 0 or more, got {prompt_length}")
     arguments = (token_embeddings, attention_mask, cu_seqlens, _mode_numbers(mode), prompt_length, normalize)
-    if token_embeddings.requires_grad and torch.is_grad_enabled():
+    if checks.needs_function(token_embeddings):
         return _Pool.apply(*arguments)
     return _pool(*arguments)[0]

@@ -149,10 +149,6 @@ class _PairwiseSimilarity(torch.autograd.Function):
         return grad_a, grad_b, None, None
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _check_eps(eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
@@ -201,7 +197,7 @@ def l2_normalize(x: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
     """
     checks.floats("x", x, "[..., D]")
     _check_eps(eps)
-    return _L2Normalize.apply(x, eps) if _needs_grad(x) else _l2_normalize(x, eps)[0]
+    return _L2Normalize.apply(x, eps) if checks.needs_function(x) else _l2_normalize(x, eps)[0]
 
 
 def cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
@@ -223,7 +219,7 @@ def cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tenso
     """
     a, b = _matrices(a, b)
     _check_eps(eps)
-    return _CosineSimilarity.apply(a, b, eps) if _needs_grad(a, b) else _cosine_similarity(a, b, eps)[0]
+    return _CosineSimilarity.apply(a, b, eps) if checks.needs_function(a, b) else _cosine_similarity(a, b, eps)[0]
 
 
 def dot_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -241,7 +237,7 @@ def dot_similarity(a: Tensor, b: Tensor) -> Tensor:
     Follows ``sentence_transformers.util.dot_score`` of 6.2, batched.
     """
     a, b = _matrices(a, b)
-    return _DotSimilarity.apply(a, b) if _needs_grad(a, b) else _dot_similarity(a, b)
+    return _DotSimilarity.apply(a, b) if checks.needs_function(a, b) else _dot_similarity(a, b)
 
 
 def pairwise_similarity(a: Tensor, b: Tensor, metric: str = "cosine", eps: float = NORMALIZE_EPS) -> Tensor:
@@ -275,7 +271,7 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: str = "cosine", eps: float
         except RuntimeError:
             raise ValueError(f"b: expected a shape that broadcasts with {list(a.shape)}, got {list(b.shape)}") from None
     number = PAIRWISE_METRICS.index(metric)
-    if _needs_grad(a, b):
+    if checks.needs_function(a, b):
         return _PairwiseSimilarity.apply(a, b, number, eps)
     return _pairwise_similarity(a, b, number, eps)[0]
 

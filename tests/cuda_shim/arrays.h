@@ -53,7 +53,7 @@ class Array {
   Dtype dtype;
   std::vector<int64_t> size, stride;
 
-  // kWideRows leaves a gap of 16 elements behind each row, kOffset starts off a vector's alignment, kTransposed puts
+  // kWideRows leaves an aligned gap behind each row, kOffset starts off a vector's alignment, kTransposed puts
   // the last dimension outermost.
   Array(Dtype dtype, const std::vector<int64_t>& size, Layout layout = Layout::kContiguous)
       : dtype(dtype),
@@ -91,7 +91,7 @@ class Array {
     for (const int d : order) {
       stride[d] = step;
       step *= size[d];
-      if (layout == Layout::kWideRows && d == dims - 1) step += 16;
+      if (layout == Layout::kWideRows && d == dims - 1) step = (step + 31) / 16 * 16;
     }
     for (int d = 0; d < dims; ++d) span += (size[d] - 1) * stride[d];
     return count() == 0 ? 0 : span;

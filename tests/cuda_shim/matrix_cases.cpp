@@ -92,6 +92,7 @@ void test_matrix() {
       {1, 70, 66, 19, Layout::kOffset, Layout::kContiguous},
       {2, 64, 68, 24, Layout::kTransposed, Layout::kWideRows},
       {1, 33, 65, 40, Layout::kWideRows, Layout::kTransposed},
+      {2, 5, 9, 19, Layout::kWideRows, Layout::kWideRows},
       {3, 2, 3, 17, Layout::kTransposed, Layout::kTransposed},
       {1, 130, 140, 20, Layout::kContiguous, Layout::kTransposed},
       {2, 3, 0, 8, Layout::kContiguous, Layout::kContiguous},
