@@ -70,14 +70,14 @@ def _pool_step_variants(mode: str) -> dict[str, Variant]:
 
 def _exact_pool(mode: str) -> Callable[[Inputs], Tensor]:
     number = POOLING_MODES.index(mode)
-    return lambda i: reference.pool(i["x"].double(), i["mask"], None, [number], 0, True)[0]
+    return lambda i: reference.pool_forward(i["x"].double(), i["mask"], None, [number], 0, True)[0]
 
 
 def _exact_pool_step(mode: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
     number = POOLING_MODES.index(mode)
 
     def exact(i: Inputs) -> tuple[Tensor, Tensor]:
-        out, norm, argmax = reference.pool(i["x"].double(), i["mask"], None, [number], 0, True)
+        out, norm, argmax = reference.pool_forward(i["x"].double(), i["mask"], None, [number], 0, True)
         length = i["x"].shape[1]
         grad = i["grad"].double()
         return out, reference.pool_backward(grad, out, norm, argmax, i["mask"], None, [number], 0, length, True)
@@ -167,7 +167,7 @@ def _half_cosine_variants() -> dict[str, Variant]:
 
 
 def _exact_cosine(i: Inputs) -> Tensor:
-    return reference.cosine_similarity(i["a"].double(), i["b"].double(), NORMALIZE_EPS)[0]
+    return reference.cosine_similarity_forward(i["a"].double(), i["b"].double(), NORMALIZE_EPS)[0]
 
 
 def _matrix_work(peak: str) -> Callable[[Inputs], dict[str, float]]:
@@ -211,7 +211,7 @@ def _normalize_backward_variants() -> dict[str, Variant]:
 
 
 def _exact_normalize(i: Inputs) -> Tensor:
-    return reference.l2_normalize(i["x"].double(), NORMALIZE_EPS)[0]
+    return reference.l2_normalize_forward(i["x"].double(), NORMALIZE_EPS)[0]
 
 
 def _exact_normalize_backward(i: Inputs) -> Tensor:
@@ -230,7 +230,7 @@ def _pairwise_variants() -> dict[str, Variant]:
 
 
 def _exact_pairwise(i: Inputs) -> Tensor:
-    return reference.pairwise_similarity(i["x"].double(), i["y"].double(), reference.COSINE, NORMALIZE_EPS)[0]
+    return reference.pairwise_similarity_forward(i["x"].double(), i["y"].double(), reference.COSINE, NORMALIZE_EPS)[0]
 
 
 _SIMILARITY = [

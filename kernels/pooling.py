@@ -201,8 +201,8 @@ def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else tuple(x.stride())
 
 
-@implements("pool")
-def pool(
+@implements("pool_forward")
+def pool_forward(
     x: Tensor,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,

@@ -164,6 +164,6 @@ def dot_similarity(a: Tensor, b: Tensor) -> Tensor:
     return _matrix(a, b, False, 1.0)[0]
 
 
-@implements("cosine_similarity")
-def cosine_similarity(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+@implements("cosine_similarity_forward")
+def cosine_similarity_forward(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _matrix(a, b, True, eps)

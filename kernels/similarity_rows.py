@@ -78,8 +78,8 @@ def normalize_rows(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, T
     return y, norm
 
 
-@implements("l2_normalize")
-def l2_normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@implements("l2_normalize_forward")
+def l2_normalize_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return normalize_rows(x, eps, x.dtype)
 
 
@@ -235,8 +235,8 @@ def _pairwise_kernel(
     tl.store(scores + row, score, mask=row < rows)
 
 
-@implements("pairwise_similarity")
-def pairwise_similarity(a: Tensor, b: Tensor, metric: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+@implements("pairwise_similarity_forward")
+def pairwise_similarity_forward(a: Tensor, b: Tensor, metric: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     scores = a.new_empty(a.shape[:-1], dtype=torch.float32)
     norms = scores.shape if metric == reference.COSINE else (0,)
     norm_a, norm_b = scores.new_empty(norms), scores.new_empty(norms)

@@ -116,7 +116,7 @@ class _Tokens:
         return top, torch.where(first == none, -1, first - self.origin.unsqueeze(1)).int()
 
 
-def pool(
+def pool_forward(
     x: Tensor,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -165,7 +165,7 @@ def pool_backward(
     length: int,
     normalize: bool,
 ) -> Tensor:
-    """Gradient of :func:`pool` to x, in grad's dtype: [B, length, D], or [length, D] with cu_seqlens."""
+    """Gradient of :func:`pool_forward` to x, in grad's dtype: [B, length, D], or [length, D] with cu_seqlens."""
     acc, dim = accumulation_dtype(grad.dtype), grad.shape[-1] // len(modes)
     shape = (length,) if cu_seqlens is not None else (grad.shape[0], length)
     tokens = _Tokens(shape, attention_mask, cu_seqlens, prompt_length, acc, grad.device)
@@ -200,7 +200,7 @@ def _normalize_backward(grad: Tensor, y: Tensor, norm: Tensor, eps: float = NORM
     return torch.where(norm < eps, grad / eps, (grad - y * along) / norm)
 
 
-def l2_normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def l2_normalize_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / max(||x||, eps) along the last dimension, in x's dtype, and the norms [...] in the accumulation dtype."""
     values = x.to(accumulation_dtype(x.dtype))
     norm = torch.linalg.vector_norm(values, dim=-1)
@@ -208,7 +208,7 @@ def l2_normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def l2_normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """Gradient of :func:`l2_normalize` to x, in x's dtype; grad may have another dtype."""
+    """Gradient of :func:`l2_normalize_forward` to x, in x's dtype; grad may have another dtype."""
     y = x.to(norm.dtype) / norm.clamp(min=eps).unsqueeze(-1)
     return _normalize_backward(grad.to(norm.dtype), y, norm, eps).to(x.dtype)
 
@@ -219,21 +219,21 @@ def dot_similarity(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a.to(dtype), b.to(dtype).mT)
 
 
-def cosine_similarity(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def cosine_similarity_forward(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine of every row of a with every row of b, [..., N, M], and the norms of both, [..., N] and [..., M]."""
-    a, norm_a = l2_normalize(a.to(accumulation_dtype(a.dtype)), eps)
-    b, norm_b = l2_normalize(b.to(accumulation_dtype(b.dtype)), eps)
+    a, norm_a = l2_normalize_forward(a.to(accumulation_dtype(a.dtype)), eps)
+    b, norm_b = l2_normalize_forward(b.to(accumulation_dtype(b.dtype)), eps)
     return dot_similarity(a, b), norm_a, norm_b
 
 
-def pairwise_similarity(a: Tensor, b: Tensor, metric: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def pairwise_similarity_forward(a: Tensor, b: Tensor, metric: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Row-wise similarity [...] of a and b [..., D], and the norms of both ([...], empty unless cosine)."""
     acc = accumulation_dtype(a.dtype)
     a, b = a.to(acc), b.to(acc)
     none = a.new_empty(0)
     if metric == COSINE:
-        a, norm_a = l2_normalize(a, eps)
-        b, norm_b = l2_normalize(b, eps)
+        a, norm_a = l2_normalize_forward(a, eps)
+        b, norm_b = l2_normalize_forward(b, eps)
         return (a * b).sum(dim=-1), norm_a, norm_b
     if metric == DOT:
         return (a * b).sum(dim=-1), none, none.clone()
@@ -245,7 +245,7 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: int, eps: float) -> tuple[
 def pairwise_similarity_backward(
     grad: Tensor, a: Tensor, b: Tensor, scores: Tensor, norm_a: Tensor, norm_b: Tensor, metric: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`pairwise_similarity` to a and b, in their dtype. Euclidean at distance 0 has gradient 0."""
+    """Gradients of :func:`pairwise_similarity_forward` to a and b, in their dtype. Euclidean at distance 0 has gradient 0."""
     acc = accumulation_dtype(a.dtype)
     dtype, a, b = a.dtype, a.to(acc), b.to(acc)
     grad = grad.to(acc).unsqueeze(-1)

@@ -15,6 +15,8 @@ reference   plain PyTorch (``reference.py``)      everything else
 The rule: a forced backend wins (:func:`use_backend`, ``SENTFAST_BACKEND``) and is an error where it cannot run;
 else the device decides; a dtype or device without a kernel uses the reference, which ``SENTFAST_STRICT=1`` turns
 into an error.
+
+Names: ``<op>`` gives the result alone, ``<op>_forward`` the result and what ``<op>_backward`` needs.
 """
 
 from __future__ import annotations
@@ -60,16 +62,20 @@ class BackendError(RuntimeError):
 class Op:
     """One operator: call it with its schema's arguments; the first, a tensor, decides device and dtype."""
 
-    def __init__(self, schema: str, reference: Callable, prefer_triton: tuple[torch.dtype, ...]):
-        self.name = schema.partition("(")[0]
+    def __init__(
+        self, name: str, reference: Callable, fake: Callable, prefer_triton: tuple[torch.dtype, ...], forward: Op | None
+    ):
+        self.name = name
         self.reference = reference
+        self.fake = fake
+        self.forward = forward
         self.prefer_triton = prefer_triton
         self.triton: Callable | None = None
         self.overload = getattr(torch.ops.sentfast, self.name).default
         # What the overload calls after a Python hop; half a microsecond less where it is there.
         self.compiled_cpu = getattr(self.overload, "_op", self.overload)
         self.cuda = getattr(torch.ops.sentfast_cuda, self.name).default
-        self.calls = counters(self.name, BACKENDS)
+        self.calls = counters(self.name.removesuffix("_forward"), BACKENDS)
 
     def __call__(self, *args: Any) -> Any:
         x = args[0]
@@ -103,7 +109,11 @@ class Op:
         return "reference", self.reference
 
     def implementation(self, backend: str) -> Callable:
-        found = {"cpu": self.overload, "cuda": self.cuda, "triton": self.triton, "reference": self.reference}[backend]
+        if backend == "cpu":
+            return self.overload
+        if self.forward is not None:
+            return _first(self.forward.implementation(backend))
+        found = {"cuda": self.cuda, "triton": self.triton, "reference": self.reference}[backend]
         assert found is not None, backend
         return found
 
@@ -125,7 +135,12 @@ class Op:
 
 
 def define(
-    schema: str, *, reference: Callable, fake: Callable, prefer_triton: tuple[torch.dtype, ...] = ()
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    prefer_triton: tuple[torch.dtype, ...] = (),
+    forward: Op | None = None,
 ) -> Op:
     """Registers an operator: its schema, its definition as the default implementation, and its shape function."""
     name = schema.partition("(")[0]
@@ -133,9 +148,29 @@ def define(
     _CUDA_LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sentfast::{name}", fake, lib=_LIBRARY)
-    op = ops[name] = Op(schema, reference, prefer_triton)
+    op = ops[name] = Op(name, reference, fake, prefer_triton, forward)
     _LIBRARY.impl(name, lambda *args: op(*args), "CUDA")
     return op
+
+
+def result_of(forward: Op) -> Op:
+    """Registers `<name>` beside `<name>_forward`: its first result alone, for calls that need no gradient.
+
+    A backend may have a kernel of its own for it, as the CPU does: fewer results are less work, and each costs half a
+    microsecond by itself. The others use the forward operator's.
+    """
+    arguments = str(forward.overload._schema).removeprefix(f"sentfast::{forward.name}").rpartition(" -> ")[0]
+    return define(
+        forward.name.removesuffix("_forward") + arguments + " -> Tensor",
+        reference=_first(forward.reference),
+        fake=_first(forward.fake),
+        prefer_triton=forward.prefer_triton,
+        forward=forward,
+    )
+
+
+def _first(function: Callable) -> Callable:
+    return lambda *args: function(*args)[0]
 
 
 def implements(name: str) -> Callable[[Callable], Callable]:
@@ -150,7 +185,7 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 
 def _triton(op: Op) -> Callable | None:
     native.load_triton()
-    return op.triton
+    return (op.forward or op).triton
 
 
 @contextmanager

@@ -42,8 +42,8 @@ struct Pool {
   const void* x;
   int64_t stride_batch, stride_token;
   void* out;        // [batch, mode_count * dim]
-  float* norm;      // [batch] if normalize
-  int32_t* argmax;  // [batch, dim] if kMax is among the modes
+  float* norm;      // [batch], or nullptr; only with normalize
+  int32_t* argmax;  // [batch, dim], or nullptr; only with kMax
 };
 
 struct PoolBackward {
@@ -71,8 +71,8 @@ struct Rows {
 struct Normalize {
   int64_t dim;
   Rows x;
-  void* y;  // nullptr: only the norms
-  float* norm;
+  void* y;      // or nullptr
+  float* norm;  // or nullptr
   float eps;
   bool stream;
 };
@@ -94,7 +94,7 @@ struct Pairwise {
   Rows a, b;
   Metric metric;
   float eps;
-  float *scores, *norm_a, *norm_b;  // the norms only for kCosine
+  float *scores, *norm_a, *norm_b;  // the norms only for kCosine, or nullptr
 };
 
 struct PairwiseBackward {

@@ -58,9 +58,21 @@ std::optional<Tensor> dense(const std::optional<Tensor>& cu_seqlens) {
   return torch::stable::contiguous(*cu_seqlens);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pool(Tensor x, std::optional<Tensor> attention_mask,
-                                        std::optional<Tensor> cu_seqlens, std::vector<int64_t> modes,
-                                        int64_t prompt_length, bool normalize) {
+// Elements that one sequence costs: all its tokens, unless the modes only pick rows.
+int64_t cost(const Layout& layout, const std::vector<int64_t>& modes) {
+  int64_t tokens = 1;
+  for (const int64_t mode : modes) {
+    if (mode == kCls || mode == kLastToken) continue;
+    const bool packed = layout.cu_seqlens != nullptr;
+    tokens = packed ? layout.length / (layout.batch > 0 ? layout.batch : 1) + 1 : layout.length;
+  }
+  return tokens * layout.dim;
+}
+
+// Pools x into a new tensor; norm and argmax are made too where they are given and the modes have them.
+Tensor pool_into(Tensor x, const std::optional<Tensor>& attention_mask, std::optional<Tensor> cu_seqlens,
+                 const std::vector<int64_t>& modes, int64_t prompt_length, bool normalize, Tensor* norm,
+                 Tensor* argmax) {
   const int dtype = dtype_index(x, "token_embeddings");
   const bool packed = cu_seqlens.has_value();
   STD_TORCH_CHECK(x.dim() == (packed ? 2 : 3), "token_embeddings: expected [B, L, D], or [T, D] with cu_seqlens");
@@ -81,21 +93,38 @@ std::tuple<Tensor, Tensor, Tensor> pool(Tensor x, std::optional<Tensor> attentio
   p.x = x.const_data_ptr();
 
   const int64_t batch = p.layout.batch, dim = p.layout.dim;
-  const bool max = has_max(modes);
-  STD_TORCH_CHECK(!max || p.layout.length <= INT32_MAX, "token_embeddings: expected at most 2^31 - 1 tokens with max");
   Tensor out = new_tensor({batch, p.mode_count * dim}, x.scalar_type());
-  Tensor norm = new_tensor({normalize ? batch : 0}, ScalarType::Float);
-  Tensor argmax = max ? new_tensor({batch, dim}, ScalarType::Int) : new_tensor({0}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
-  p.norm = static_cast<float*>(norm.mutable_data_ptr());
-  p.argmax = max ? static_cast<int32_t*>(argmax.mutable_data_ptr()) : nullptr;
+  if (norm != nullptr) {
+    *norm = new_tensor({normalize ? batch : 0}, ScalarType::Float);
+    p.norm = static_cast<float*>(norm->mutable_data_ptr());
+  }
+  if (argmax != nullptr && has_max(modes)) {
+    STD_TORCH_CHECK(p.layout.length <= INT32_MAX, "token_embeddings: expected at most 2^31 - 1 tokens with max");
+    *argmax = new_tensor({batch, dim}, ScalarType::Int);
+    p.argmax = static_cast<int32_t*>(argmax->mutable_data_ptr());
+  } else if (argmax != nullptr) {
+    *argmax = new_tensor({0}, ScalarType::Int);
+  }
 
   const PoolFn kernel = kernels().pool[dtype];
-  const int64_t tokens = packed ? p.layout.length / (batch > 0 ? batch : 1) + 1 : p.layout.length;
-  torch::stable::parallel_for(0, batch, grain(tokens * dim), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, grain(cost(p.layout, modes)), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[pool_scratch(dim)]);
     kernel(p, begin, end, scratch.get());
   });
+  return out;
+}
+
+Tensor pool(Tensor x, std::optional<Tensor> attention_mask, std::optional<Tensor> cu_seqlens,
+            std::vector<int64_t> modes, int64_t prompt_length, bool normalize) {
+  return pool_into(x, attention_mask, cu_seqlens, modes, prompt_length, normalize, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_forward(Tensor x, std::optional<Tensor> attention_mask,
+                                                std::optional<Tensor> cu_seqlens, std::vector<int64_t> modes,
+                                                int64_t prompt_length, bool normalize) {
+  Tensor norm, argmax;
+  Tensor out = pool_into(x, attention_mask, cu_seqlens, modes, prompt_length, normalize, &norm, &argmax);
   return {out, norm, argmax};
 }
 
@@ -158,6 +187,7 @@ Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, std::o
 
 STABLE_TORCH_LIBRARY_IMPL(sentfast, CPU, m) {
   m.impl("pool", TORCH_BOX(&pool));
+  m.impl("pool_forward", TORCH_BOX(&pool_forward));
   m.impl("pool_backward", TORCH_BOX(&pool_backward));
 }
 

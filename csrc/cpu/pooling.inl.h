@@ -136,6 +136,19 @@ void max_rows(float* best, int32_t* argmax, const T* x, int64_t stride, int64_t 
   });
 }
 
+template <class T>
+void max_rows(float* best, const T* x, int64_t stride, int64_t n, int64_t dim) {
+  each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
+    Vec top = Vec::load(best + d);
+    const T* row = x + d;
+    for (int64_t i = 0; i < n; ++i, row += stride) {
+      const Vec value = load(row, k);
+      top = Vec::select(Vec::above(value, top), value, top);
+    }
+    top.store(best + d);
+  });
+}
+
 // One mode's result before conversion: a float32 row to divide, or a token's row as it is, or zeros.
 template <class T>
 struct Part {
@@ -169,7 +182,8 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
   const T* x = static_cast<const T*>(p.x) + index * p.stride_batch + s.origin * p.stride_token;
   Summary summary;
   for (int64_t begin = 0, end = 0; s.next_span(begin, end);) {
-    if (need_max && summary.count == 0) fill(argmax, dim, static_cast<int32_t>(begin));  // a row of -inf has a first token
+    // A sentence of -inf alone has its maximum at its first token.
+    if (argmax != nullptr && summary.count == 0) fill(argmax, dim, static_cast<int32_t>(begin));
     summary.add(s, begin, end);
     if (!need_sum && !need_weighted && !need_max) continue;
     for (int64_t token = begin; token < end; token += 4) {
@@ -177,10 +191,11 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
       const T* rows = x + token * p.stride_token;
       if (need_sum) add_rows(sum, rows, p.stride_token, n, dim);
       if (need_weighted) add_weighted_rows(weighted, rows, p.stride_token, n, dim, s.weight(token));
-      if (need_max) max_rows(best, argmax, rows, p.stride_token, n, dim, token);
+      if (need_max && argmax != nullptr) max_rows(best, argmax, rows, p.stride_token, n, dim, token);
+      if (need_max && argmax == nullptr) max_rows(best, rows, p.stride_token, n, dim);
     }
   }
-  if (need_max && summary.count == 0) fill(argmax, dim, int32_t{-1});
+  if (argmax != nullptr && summary.count == 0) fill(argmax, dim, int32_t{-1});
   summary.finish(s);
 
   Part<T> parts[kMaxModes];
@@ -204,8 +219,9 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
         squares = Vec::fma(value, value, squares);
       });
     }
-    p.norm[index] = __builtin_sqrtf(squares.sum());
-    divisor = at_least(p.norm[index], kNormalizeEps);
+    const float norm = __builtin_sqrtf(squares.sum());
+    if (p.norm != nullptr) p.norm[index] = norm;
+    divisor = at_least(norm, kNormalizeEps);
   }
   T* out = static_cast<T*>(p.out) + index * p.mode_count * dim;
   for (int64_t m = 0; m < p.mode_count; ++m, out += dim) {

@@ -25,10 +25,11 @@ template <class T>
 void normalize(const Normalize& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row<T>(p.x, i);
-    p.norm[i] = __builtin_sqrtf(dot(x, x, p.dim));
+    const float norm = __builtin_sqrtf(dot(x, x, p.dim));
+    if (p.norm != nullptr) p.norm[i] = norm;
     if (p.y == nullptr) continue;
     T* y = static_cast<T*>(p.y) + i * p.dim;
-    const Vec divisor = Vec::fill(at_least(p.norm[i], p.eps));
+    const Vec divisor = Vec::fill(at_least(norm, p.eps));
     if (p.stream) {
       each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store_stream(load(x + d, k) / divisor, y + d, k); });
     } else {
@@ -83,9 +84,12 @@ float cosine(const Pairwise& p, int64_t i, const T* a, const T* b) {
     aa = Vec::fma(x, x, aa);
     bb = Vec::fma(y, y, bb);
   });
-  p.norm_a[i] = __builtin_sqrtf(aa.sum());
-  p.norm_b[i] = __builtin_sqrtf(bb.sum());
-  return ab.sum() / at_least(p.norm_a[i], p.eps) / at_least(p.norm_b[i], p.eps);
+  const float norm_a = __builtin_sqrtf(aa.sum()), norm_b = __builtin_sqrtf(bb.sum());
+  if (p.norm_a != nullptr) {
+    p.norm_a[i] = norm_a;
+    p.norm_b[i] = norm_b;
+  }
+  return ab.sum() / at_least(norm_a, p.eps) / at_least(norm_b, p.eps);
 }
 
 template <class T>

@@ -26,30 +26,32 @@ void run(NormalizeFn kernel, const Normalize& p, int64_t rows) {
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-// The norms of the rows of x, in the shape of x without its last dimension.
-Tensor norms(const Tensor& x, float eps) {
-  const int dtype = dtype_index(x, "x");
+// Writes the norms of the rows of x.
+void write_norms(const Tensor& x, float* norm) {
   const RowView view(x);
-  Tensor norm = new_tensor(leading(x), ScalarType::Float);
-  const Normalize p = {view.dim, view.get(), nullptr, static_cast<float*>(norm.mutable_data_ptr()), eps, false};
-  run(kernels().normalize[dtype], p, view.rows);
-  return norm;
+  const Normalize p = {view.dim, view.get(), nullptr, norm, 0.0f, false};
+  run(kernels().normalize[dtype_index(x, "x")], p, view.rows);
 }
 
-std::tuple<Tensor, Tensor> l2_normalize(Tensor x, double eps) {
-  check_rank(x, 1, "x");
+Tensor normalize_into(const Tensor& x, double eps, float* norm) {
   const int dtype = dtype_index(x, "x");
   const RowView view(x);
   Tensor y = new_tensor(sizes_of(x), x.scalar_type());
-  Tensor norm = new_tensor(leading(x), ScalarType::Float);
-  const Normalize p = {view.dim,
-                       view.get(),
-                       y.mutable_data_ptr(),
-                       static_cast<float*>(norm.mutable_data_ptr()),
-                       static_cast<float>(eps),
+  const Normalize p = {view.dim, view.get(), y.mutable_data_ptr(), norm, static_cast<float>(eps),
                        may_stream(y, view.dim)};
   run(kernels().normalize[dtype], p, view.rows);
-  return {y, norm};
+  return y;
+}
+
+Tensor l2_normalize(Tensor x, double eps) {
+  check_rank(x, 1, "x");
+  return normalize_into(x, eps, nullptr);
+}
+
+std::tuple<Tensor, Tensor> l2_normalize_forward(Tensor x, double eps) {
+  check_rank(x, 1, "x");
+  Tensor norm = new_tensor(leading(x), ScalarType::Float);
+  return {normalize_into(x, eps, static_cast<float*>(norm.mutable_data_ptr())), norm};
 }
 
 Tensor l2_normalize_backward(Tensor grad, Tensor x, Tensor norm, double eps) {
@@ -99,8 +101,8 @@ const void* at(const Tensor& x, int64_t offset) {
   return static_cast<const char*>(x.const_data_ptr()) + offset * static_cast<int64_t>(x.element_size());
 }
 
-// scores [..., N, M] = a b^T, scaled by the norms if they are given.
-Tensor matrix(const Tensor& a, const Tensor& b, const Tensor* norm_a, const Tensor* norm_b, float eps) {
+// scores [..., N, M] = a b^T, divided by the norms if they are given.
+Tensor matrix(const Tensor& a, const Tensor& b, const float* norm_a, const float* norm_b, float eps) {
   check_rank(a, 2, "a");
   check_rank(b, 2, "b");
   const MatrixFn kernel = kernels().matrix[dtype_index(a, "a")][dtype_index(b, "b")];
@@ -128,8 +130,6 @@ Tensor matrix(const Tensor& a, const Tensor& b, const Tensor* norm_a, const Tens
   const int64_t height = rows_per_task(rows, batch * column_tasks);
   const int64_t row_tasks = (rows + height - 1) / height;
   auto* c = static_cast<float*>(scores.mutable_data_ptr());
-  const auto* na = norm_a != nullptr ? static_cast<const float*>(norm_a->const_data_ptr()) : nullptr;
-  const auto* nb = norm_b != nullptr ? static_cast<const float*>(norm_b->const_data_ptr()) : nullptr;
   const int64_t per_task = height * (columns < kBlockColumns ? columns : kBlockColumns) * (m.depth + 1);
   torch::stable::parallel_for(
       0, batch * column_tasks * row_tasks, grain(per_task / 16), [&](int64_t begin, int64_t end) {
@@ -141,8 +141,8 @@ Tensor matrix(const Tensor& a, const Tensor& b, const Tensor* norm_a, const Tens
           one.a = {at(a, batch_offset(a, i)), a.stride(d - 2), a.stride(d - 1)};
           one.b = {at(b, batch_offset(b, i)), b.stride(d - 2), b.stride(d - 1)};
           one.c = c + i * rows * columns;
-          one.norm_a = na != nullptr ? na + i * rows : nullptr;
-          one.norm_b = nb != nullptr ? nb + i * columns : nullptr;
+          one.norm_a = norm_a != nullptr ? norm_a + i * rows : nullptr;
+          one.norm_b = norm_b != nullptr ? norm_b + i * columns : nullptr;
           const Block block = {row, row + height < rows ? row + height : rows, column,
                                column + kBlockColumns < columns ? column + kBlockColumns : columns};
           kernel(one, block, scratch.get());
@@ -153,11 +153,33 @@ Tensor matrix(const Tensor& a, const Tensor& b, const Tensor* norm_a, const Tens
 
 Tensor dot_similarity(Tensor a, Tensor b) { return matrix(a, b, nullptr, nullptr, 0.0f); }
 
-std::tuple<Tensor, Tensor, Tensor> cosine_similarity(Tensor a, Tensor b, double eps) {
+Tensor cosine_into(const Tensor& a, const Tensor& b, double eps, float* norm_a, float* norm_b) {
+  write_norms(a, norm_a);
+  write_norms(b, norm_b);
+  return matrix(a, b, norm_a, norm_b, static_cast<float>(eps));
+}
+
+int64_t row_count(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i < x.dim() - 1; ++i) rows *= x.size(i);
+  return rows;
+}
+
+Tensor cosine_similarity(Tensor a, Tensor b, double eps) {
   check_rank(a, 2, "a");
   check_rank(b, 2, "b");
-  Tensor norm_a = norms(a, static_cast<float>(eps)), norm_b = norms(b, static_cast<float>(eps));
-  return {matrix(a, b, &norm_a, &norm_b, static_cast<float>(eps)), norm_a, norm_b};
+  const int64_t rows_a = row_count(a), rows_b = row_count(b);
+  const std::unique_ptr<float[]> norms(new float[rows_a + rows_b]);
+  return cosine_into(a, b, eps, norms.get(), norms.get() + rows_a);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cosine_similarity_forward(Tensor a, Tensor b, double eps) {
+  check_rank(a, 2, "a");
+  check_rank(b, 2, "b");
+  Tensor norm_a = new_tensor(leading(a), ScalarType::Float), norm_b = new_tensor(leading(b), ScalarType::Float);
+  Tensor scores = cosine_into(a, b, eps, static_cast<float*>(norm_a.mutable_data_ptr()),
+                              static_cast<float*>(norm_b.mutable_data_ptr()));
+  return {scores, norm_a, norm_b};
 }
 
 Metric metric_of(int64_t metric) {
@@ -165,34 +187,47 @@ Metric metric_of(int64_t metric) {
   return static_cast<Metric>(metric);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pairwise_similarity(Tensor a, Tensor b, int64_t metric, double eps) {
+void check_pair(const Tensor& a, const Tensor& b) {
   check_rank(a, 1, "a");
   check_same(a, b, "b");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected the dtype of a");
+}
+
+Tensor pairwise_into(const Tensor& a, const Tensor& b, int64_t metric, double eps, float* norm_a, float* norm_b) {
   const int dtype = dtype_index(a, "a");
   const RowView a_view(a), b_view(b);
   Tensor scores = new_tensor(leading(a), ScalarType::Float);
-  const std::vector<int64_t> norm_sizes = metric_of(metric) == kCosine ? leading(a) : std::vector<int64_t>{0};
-  Tensor norm_a = new_tensor(norm_sizes, ScalarType::Float), norm_b = new_tensor(norm_sizes, ScalarType::Float);
   const Pairwise p = {a_view.dim,
                       a_view.get(),
                       b_view.get(),
                       metric_of(metric),
                       static_cast<float>(eps),
                       static_cast<float*>(scores.mutable_data_ptr()),
-                      static_cast<float*>(norm_a.mutable_data_ptr()),
-                      static_cast<float*>(norm_b.mutable_data_ptr())};
+                      norm_a,
+                      norm_b};
   const PairwiseFn kernel = kernels().pairwise[dtype];
   torch::stable::parallel_for(0, a_view.rows, grain(2 * p.dim),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return scores;
+}
+
+Tensor pairwise_similarity(Tensor a, Tensor b, int64_t metric, double eps) {
+  check_pair(a, b);
+  return pairwise_into(a, b, metric, eps, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pairwise_similarity_forward(Tensor a, Tensor b, int64_t metric, double eps) {
+  check_pair(a, b);
+  const std::vector<int64_t> sizes = metric_of(metric) == kCosine ? leading(a) : std::vector<int64_t>{0};
+  Tensor norm_a = new_tensor(sizes, ScalarType::Float), norm_b = new_tensor(sizes, ScalarType::Float);
+  Tensor scores = pairwise_into(a, b, metric, eps, static_cast<float*>(norm_a.mutable_data_ptr()),
+                                static_cast<float*>(norm_b.mutable_data_ptr()));
   return {scores, norm_a, norm_b};
 }
 
 std::tuple<Tensor, Tensor> pairwise_similarity_backward(Tensor grad, Tensor a, Tensor b, Tensor scores, Tensor norm_a,
                                                         Tensor norm_b, int64_t metric, double eps) {
-  check_rank(a, 1, "a");
-  check_same(a, b, "b");
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected the dtype of a");
+  check_pair(a, b);
   const int dtype = dtype_index(a, "a");
   const RowView a_view(a), b_view(b);
   grad = torch::stable::contiguous(grad);
@@ -230,10 +265,13 @@ std::tuple<Tensor, Tensor> pairwise_similarity_backward(Tensor grad, Tensor a, T
 
 STABLE_TORCH_LIBRARY_IMPL(sentfast, CPU, m) {
   m.impl("l2_normalize", TORCH_BOX(&l2_normalize));
+  m.impl("l2_normalize_forward", TORCH_BOX(&l2_normalize_forward));
   m.impl("l2_normalize_backward", TORCH_BOX(&l2_normalize_backward));
   m.impl("dot_similarity", TORCH_BOX(&dot_similarity));
   m.impl("cosine_similarity", TORCH_BOX(&cosine_similarity));
+  m.impl("cosine_similarity_forward", TORCH_BOX(&cosine_similarity_forward));
   m.impl("pairwise_similarity", TORCH_BOX(&pairwise_similarity));
+  m.impl("pairwise_similarity_forward", TORCH_BOX(&pairwise_similarity_forward));
   m.impl("pairwise_similarity_backward", TORCH_BOX(&pairwise_similarity_backward));
 }
 

@@ -60,7 +60,7 @@ Batch batch_of(const Tensor& first, int64_t padded_batch, int64_t length, const 
   return batch;
 }
 
-std::tuple<Tensor, Tensor, Tensor> pool(const Tensor& x, const std::optional<Tensor>& attention_mask,
+std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& x, const std::optional<Tensor>& attention_mask,
                                         const std::optional<Tensor>& cu_seqlens, const std::vector<int64_t>& modes,
                                         int64_t prompt_length, bool normalize) {
   const bool packed = cu_seqlens.has_value();
@@ -155,6 +155,6 @@ Tensor pool_backward(const Tensor& grad, const Tensor& out, const Tensor& norm, 
 }  // namespace sentfast
 
 STABLE_TORCH_LIBRARY_IMPL(sentfast_cuda, CUDA, m) {
-  m.impl("pool", TORCH_BOX(&sentfast::pool));
+  m.impl("pool_forward", TORCH_BOX(&sentfast::pool_forward));
   m.impl("pool_backward", TORCH_BOX(&sentfast::pool_backward));
 }

@@ -34,7 +34,7 @@ PairwiseMetric metric_of(int64_t metric) {
   return static_cast<PairwiseMetric>(metric);
 }
 
-std::tuple<Tensor, Tensor> l2_normalize(const Tensor& x_in, double eps) {
+std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x_in, double eps) {
   Tensor x = x_in;
   const Dtype dtype = dtype_of("x", x);
   check_device("x", x, x);
@@ -119,11 +119,11 @@ std::tuple<Tensor, Tensor, Tensor> matrix(const Tensor& a_in, const Tensor& b_in
 
 Tensor dot_similarity(const Tensor& a, const Tensor& b) { return std::get<0>(matrix(a, b, false, 0.0)); }
 
-std::tuple<Tensor, Tensor, Tensor> cosine_similarity(const Tensor& a, const Tensor& b, double eps) {
+std::tuple<Tensor, Tensor, Tensor> cosine_similarity_forward(const Tensor& a, const Tensor& b, double eps) {
   return matrix(a, b, true, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pairwise_similarity(const Tensor& a_in, const Tensor& b_in, int64_t metric,
+std::tuple<Tensor, Tensor, Tensor> pairwise_similarity_forward(const Tensor& a_in, const Tensor& b_in, int64_t metric,
                                                        double eps) {
   Tensor a = a_in, b = b_in;
   const Dtype dtype = dtype_of("a", a);
@@ -200,10 +200,10 @@ std::tuple<Tensor, Tensor> pairwise_similarity_backward(const Tensor& grad_in, c
 }  // namespace sentfast
 
 STABLE_TORCH_LIBRARY_IMPL(sentfast_cuda, CUDA, m) {
-  m.impl("l2_normalize", TORCH_BOX(&sentfast::l2_normalize));
+  m.impl("l2_normalize_forward", TORCH_BOX(&sentfast::l2_normalize_forward));
   m.impl("l2_normalize_backward", TORCH_BOX(&sentfast::l2_normalize_backward));
   m.impl("dot_similarity", TORCH_BOX(&sentfast::dot_similarity));
-  m.impl("cosine_similarity", TORCH_BOX(&sentfast::cosine_similarity));
-  m.impl("pairwise_similarity", TORCH_BOX(&sentfast::pairwise_similarity));
+  m.impl("cosine_similarity_forward", TORCH_BOX(&sentfast::cosine_similarity_forward));
+  m.impl("pairwise_similarity_forward", TORCH_BOX(&sentfast::pairwise_similarity_forward));
   m.impl("pairwise_similarity_backward", TORCH_BOX(&sentfast::pairwise_similarity_backward));
 }

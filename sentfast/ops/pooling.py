@@ -12,13 +12,14 @@ from torch.autograd.function import once_differentiable
 from sentfast import reference
 from sentfast.ops import checks
 from sentfast.reference import POOLING_MODES
-from sentfast.registry import define
+from sentfast.registry import define, result_of
 
 _MODE_NUMBERS = {name: number for number, name in enumerate(POOLING_MODES)}
 _MAX_MODES = 8
+_MASK_DTYPES = (torch.int64, torch.bool, torch.int32, torch.uint8, torch.int8, torch.int16)
 
 
-def _pool_fake(x, attention_mask, cu_seqlens, modes, prompt_length, normalize):
+def _pool_forward_fake(x, attention_mask, cu_seqlens, modes, prompt_length, normalize):
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     acc = reference.accumulation_dtype(x.dtype)
     out = x.new_empty(batch, len(modes) * x.shape[-1])
@@ -34,12 +35,13 @@ def _pool_backward_fake(
     return grad.new_empty((length, dim) if cu_seqlens is not None else (grad.shape[0], length, dim))
 
 
-_pool = define(
-    "pool(Tensor x, Tensor? attention_mask, Tensor? cu_seqlens, int[] modes, int prompt_length, bool normalize)"
+_pool_forward = define(
+    "pool_forward(Tensor x, Tensor? attention_mask, Tensor? cu_seqlens, int[] modes, int prompt_length, bool normalize)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=reference.pool,
-    fake=_pool_fake,
+    reference=reference.pool_forward,
+    fake=_pool_forward_fake,
 )
+_pool = result_of(_pool_forward)
 _pool_backward = define(
     "pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, Tensor? attention_mask, Tensor? cu_seqlens,"
     " int[] modes, int prompt_length, SymInt length, bool normalize) -> Tensor",
@@ -51,17 +53,22 @@ _pool_backward = define(
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, attention_mask, cu_seqlens, modes, prompt_length, normalize):
-        out, norm, argmax = _pool(x, attention_mask, cu_seqlens, modes, prompt_length, normalize)
-        ctx.save_for_backward(out if normalize else None, norm, argmax, attention_mask, cu_seqlens)
+        if normalize or reference.MAX in modes:
+            out, norm, argmax = _pool_forward(x, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+            ctx.save_for_backward(out if normalize else None, norm, argmax, attention_mask, cu_seqlens)
+        else:
+            out = _pool(x, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+            ctx.save_for_backward(None, None, None, attention_mask, cu_seqlens)
         ctx.arguments = modes, prompt_length, x.shape[-2], normalize
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
-        out, norm, argmax, attention_mask, cu_seqlens = ctx.saved_tensors
-        out = grad if out is None else out  # not read unless normalised
-        grad_x = _pool_backward(grad, out, norm, argmax, attention_mask, cu_seqlens, *ctx.arguments)
+        *state, attention_mask, cu_seqlens = ctx.saved_tensors
+        # What these modes do not need is not read; any tensor stands in for it.
+        state = [grad if x is None else x for x in state]
+        grad_x = _pool_backward(grad, *state, attention_mask, cu_seqlens, *ctx.arguments)
         return grad_x, None, None, None, None, None
 
 
@@ -81,7 +88,7 @@ def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
 def _check_mask(mask: object, x: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor or None, got {checks.describe(mask)}")
-    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+    if mask.dtype not in _MASK_DTYPES:
         raise TypeError(f"attention_mask: expected a bool or integer tensor, got {checks.describe(mask)}")
     if mask.shape != x.shape[:2]:
         raise ValueError(f"attention_mask: expected shape {list(x.shape[:2])}, got {checks.describe(mask)}")
@@ -161,4 +168,4 @@ def pool(
     arguments = (token_embeddings, attention_mask, cu_seqlens, _mode_numbers(mode), prompt_length, normalize)
     if checks.needs_function(token_embeddings):
         return _Pool.apply(*arguments)
-    return _pool(*arguments)[0]
+    return _pool(*arguments)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from sentfast import reference
 from sentfast.ops import checks
 from sentfast.reference import NORMALIZE_EPS, PAIRWISE_METRICS, accumulation_dtype
-from sentfast.registry import define
+from sentfast.registry import define, result_of
 
 _HALF = (torch.bfloat16, torch.float16)  # Triton reaches the tensor cores; for float32 CUDA C++ comes first
 
@@ -46,11 +46,12 @@ def _pairwise_backward_fake(grad, a, b, scores, norm_a, norm_b, metric, eps):
     return _l2_normalize_backward_fake(grad, a, norm_a, eps), _l2_normalize_backward_fake(grad, b, norm_b, eps)
 
 
-_l2_normalize = define(
-    "l2_normalize(Tensor x, float eps) -> (Tensor, Tensor)",
-    reference=reference.l2_normalize,
+_l2_normalize_forward = define(
+    "l2_normalize_forward(Tensor x, float eps) -> (Tensor, Tensor)",
+    reference=reference.l2_normalize_forward,
     fake=_l2_normalize_fake,
 )
+_l2_normalize = result_of(_l2_normalize_forward)
 _l2_normalize_backward = define(
     "l2_normalize_backward(Tensor grad, Tensor x, Tensor norm, float eps) -> Tensor",
     reference=reference.l2_normalize_backward,
@@ -62,17 +63,19 @@ _dot_similarity = define(
     fake=_dot_similarity_fake,
     prefer_triton=_HALF,
 )
-_cosine_similarity = define(
-    "cosine_similarity(Tensor a, Tensor b, float eps) -> (Tensor, Tensor, Tensor)",
-    reference=reference.cosine_similarity,
+_cosine_similarity_forward = define(
+    "cosine_similarity_forward(Tensor a, Tensor b, float eps) -> (Tensor, Tensor, Tensor)",
+    reference=reference.cosine_similarity_forward,
     fake=_cosine_similarity_fake,
     prefer_triton=_HALF,
 )
-_pairwise_similarity = define(
-    "pairwise_similarity(Tensor a, Tensor b, int metric, float eps) -> (Tensor, Tensor, Tensor)",
-    reference=reference.pairwise_similarity,
+_cosine_similarity = result_of(_cosine_similarity_forward)
+_pairwise_similarity_forward = define(
+    "pairwise_similarity_forward(Tensor a, Tensor b, int metric, float eps) -> (Tensor, Tensor, Tensor)",
+    reference=reference.pairwise_similarity_forward,
     fake=_pairwise_fake,
 )
+_pairwise_similarity = result_of(_pairwise_similarity_forward)
 _pairwise_similarity_backward = define(
     "pairwise_similarity_backward(Tensor grad, Tensor a, Tensor b, Tensor scores, Tensor norm_a, Tensor norm_b,"
     " int metric, float eps) -> (Tensor, Tensor)",
@@ -84,7 +87,7 @@ _pairwise_similarity_backward = define(
 class _L2Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, eps):
-        y, norm = _l2_normalize(x, eps)
+        y, norm = _l2_normalize_forward(x, eps)
         ctx.save_for_backward(x, norm)
         ctx.eps = eps
         return y
@@ -114,7 +117,7 @@ class _DotSimilarity(torch.autograd.Function):
 class _CosineSimilarity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a, b, eps):
-        scores, norm_a, norm_b = _cosine_similarity(a, b, eps)
+        scores, norm_a, norm_b = _cosine_similarity_forward(a, b, eps)
         ctx.save_for_backward(a, b, norm_a, norm_b)
         ctx.eps = eps
         return scores
@@ -126,10 +129,10 @@ class _CosineSimilarity(torch.autograd.Function):
         eps = ctx.eps
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:  # through the matrix to the unit vectors, then through the normalisation
-            grad_unit_a = _dot_similarity(grad, _l2_normalize(b, eps)[0].mT)
+            grad_unit_a = _dot_similarity(grad, _l2_normalize(b, eps).mT)
             grad_a = _l2_normalize_backward(grad_unit_a, a, norm_a, eps)
         if ctx.needs_input_grad[1]:
-            grad_unit_b = _dot_similarity(grad.mT, _l2_normalize(a, eps)[0].mT)
+            grad_unit_b = _dot_similarity(grad.mT, _l2_normalize(a, eps).mT)
             grad_b = _l2_normalize_backward(grad_unit_b, b, norm_b, eps)
         return grad_a, grad_b, None
 
@@ -137,7 +140,7 @@ class _CosineSimilarity(torch.autograd.Function):
 class _PairwiseSimilarity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a, b, metric, eps):
-        scores, norm_a, norm_b = _pairwise_similarity(a, b, metric, eps)
+        scores, norm_a, norm_b = _pairwise_similarity_forward(a, b, metric, eps)
         ctx.save_for_backward(a, b, scores, norm_a, norm_b)
         ctx.arguments = metric, eps
         return scores
@@ -165,6 +168,8 @@ def _check_pair(a: Tensor, b: Tensor, ndim: str) -> None:
 def _matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Checks a and b as operands of a batched matrix and broadcasts their batch dimensions."""
     _check_pair(a, b, "[..., N, D]")
+    if a.ndim == 2 == b.ndim and a.shape[1] == b.shape[1]:
+        return a, b
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-1]:
         raise ValueError(
             f"b: expected [..., M, D] with a as [..., N, D], got a of shape {list(a.shape)}, b of shape {list(b.shape)}"
@@ -197,7 +202,7 @@ def l2_normalize(x: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
     """
     checks.floats("x", x, "[..., D]")
     _check_eps(eps)
-    return _L2Normalize.apply(x, eps) if checks.needs_function(x) else _l2_normalize(x, eps)[0]
+    return _L2Normalize.apply(x, eps) if checks.needs_function(x) else _l2_normalize(x, eps)
 
 
 def cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
@@ -219,7 +224,7 @@ def cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tenso
     """
     a, b = _matrices(a, b)
     _check_eps(eps)
-    return _CosineSimilarity.apply(a, b, eps) if checks.needs_function(a, b) else _cosine_similarity(a, b, eps)[0]
+    return _CosineSimilarity.apply(a, b, eps) if checks.needs_function(a, b) else _cosine_similarity(a, b, eps)
 
 
 def dot_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -273,7 +278,7 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: str = "cosine", eps: float
     number = PAIRWISE_METRICS.index(metric)
     if checks.needs_function(a, b):
         return _PairwiseSimilarity.apply(a, b, number, eps)
-    return _pairwise_similarity(a, b, number, eps)[0]
+    return _pairwise_similarity(a, b, number, eps)
 
 
 def pairwise_cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
