@@ -17,6 +17,7 @@ struct Float16 {
 
 // Four bytes of a row seen as one number, a float32 or two halves, wherever they lie.
 using Word = uint32_t __attribute__((may_alias, aligned(2)));
+using AliasedFloat = float __attribute__((may_alias, aligned(2)));
 
 enum class Dtype : int { Float32 = 0, BFloat16 = 1, Float16 = 2 };
 constexpr int kDtypes = 3;
@@ -54,11 +55,10 @@ struct PoolBackward {
   const float* norm;
   const int32_t* argmax;
   void* grad_x;  // dense, in the shape of x
-  bool stream;   // write around the caches
 };
 
 // scratch: floats, at least pool_scratch(...) of them, for one thread.
-static inline int64_t pool_scratch(int64_t dim) { return 3 * (dim + 16); }
+static inline int64_t pool_scratch(int64_t dim) { return 11 * (dim + 16); }
 static inline int64_t pool_backward_scratch(int64_t dim, int64_t mode_count) { return (mode_count + 3) * (dim + 16); }
 
 // ---- rows ----
@@ -74,7 +74,6 @@ struct Normalize {
   void* y;      // or nullptr
   float* norm;  // or nullptr
   float eps;
-  bool stream;
 };
 
 struct NormalizeBackward {
@@ -84,7 +83,6 @@ struct NormalizeBackward {
   const float* norm;
   void* grad_x;
   float eps;
-  bool stream;
 };
 
 enum Metric : int64_t { kCosine, kDot, kEuclidean, kManhattan };
@@ -121,7 +119,6 @@ struct Matrix {
   int64_t stride_c;
   const float *norm_a, *norm_b;
   float eps;
-  bool stream;
 };
 
 // One rectangle of c, the unit of work of a thread.
@@ -133,7 +130,8 @@ constexpr int64_t kBlockColumns = 256;
 constexpr int64_t kBlockRows = 96;
 constexpr int64_t kBlockDepth = 512;
 // Bytes of scratch of matrix_block: the packed operands (plus alignment).
-constexpr int64_t kMatrixScratch = (kBlockColumns + kBlockRows) * kBlockDepth * 4 + kBlockColumns * 4 + 64;
+constexpr int64_t kMatrixScratch =
+    (kBlockColumns * kBlockDepth + kBlockRows * (kBlockDepth + 16) + kBlockColumns) * 4 + 64;
 // Matrices at most this wide or high are computed row by row, without packing.
 constexpr int64_t kFewRows = 6;
 

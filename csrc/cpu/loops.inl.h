@@ -25,14 +25,6 @@ template <class T>
 void store(Vec x, T* p, Tail k) {
   x.store(p, k.count);
 }
-template <class T>
-void store_stream(Vec x, T* p, Full) {
-  x.stream(p);
-}
-template <class T>
-void store_stream(Vec x, T* p, Tail k) {
-  x.store(p, k.count);
-}
 // The lanes that exist; zero in the others.
 inline Vec only(Vec x, Full) { return x; }
 inline Vec only(Vec x, Tail k) { return Vec::select(Vec::first_lanes(k.count), x, Vec::zero()); }
@@ -43,6 +35,12 @@ SENTFAST_INLINE inline void each_vector(int64_t n, F f) {
   int64_t d = 0;
   for (; d + Vec::lanes <= n; d += Vec::lanes) f(d, Full{});
   if (d < n) f(d, Tail{static_cast<int>(n - d)});
+}
+
+// Asks for the vector at p, which need not exist. Rows are short and the processor's own prefetcher starts late on each.
+template <class T>
+void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 3);
 }
 
 template <class T>

@@ -48,23 +48,36 @@ bool plain(const Operand& m, int64_t depth) {
 }
 
 // Packs `count` rows: word (step, i) goes to out[step * out_step + i * out_row]; rows up to `padded` are zero.
-// Small square pieces, so that neither side leaves the first cache.
+// Pieces of 16 x 16, so that neither side leaves the first cache, each in the order in which it lies in memory.
 template <class Step, class T>
 void pack(const Operand& m, int64_t row, int64_t count, int64_t padded, int64_t step_begin, int64_t step_end,
           int64_t depth, Word* out, int64_t out_step, int64_t out_row) {
-  const bool direct = plain<Step, T>(m, depth);
-  for (int64_t s = step_begin; s < step_end; s += 16) {
-    const int64_t stop = s + 16 < step_end ? s + 16 : step_end;
-    for (int64_t i = 0; i < padded; ++i) {
-      Word* to = out + (s - step_begin) * out_step + i * out_row;
-      if (i >= count) {
-        for (int64_t t = s; t < stop; ++t, to += out_step) *to = 0;
-      } else if (direct) {
-        const Word* from = reinterpret_cast<const Word*>(static_cast<const T*>(m.data) + (row + i) * m.stride_row) + s;
-        for (int64_t t = s; t < stop; ++t, to += out_step) *to = *from++;
-      } else {
-        for (int64_t t = s; t < stop; ++t, to += out_step) *to = word_at<Step, T>(m, row + i, t, depth);
+  const bool words = plain<Step, T>(m, depth), across = m.stride_row < m.stride_column;
+  const auto piece = [&](int64_t s, int64_t s_stop, int64_t i, int64_t i_stop) {
+    if (words) {
+      for (int64_t r = i; r < i_stop; ++r) {
+        const Word* from = reinterpret_cast<const Word*>(static_cast<const T*>(m.data) + (row + r) * m.stride_row);
+        for (int64_t t = s; t < s_stop; ++t) out[(t - step_begin) * out_step + r * out_row] = from[t];
       }
+    } else if (across) {
+      const T* ahead = static_cast<const T*>(m.data) + (row + i) * m.stride_row + (s + 16) * Step::depth * m.stride_column;
+      for (int64_t t = s; t < s_stop; ++t) {
+        prefetch(ahead + (t - s) * Step::depth * m.stride_column);
+        Word* to = out + (t - step_begin) * out_step;
+        for (int64_t r = i; r < i_stop; ++r) to[r * out_row] = word_at<Step, T>(m, row + r, t, depth);
+      }
+    } else {
+      for (int64_t r = i; r < i_stop; ++r) {
+        Word* to = out + r * out_row;
+        for (int64_t t = s; t < s_stop; ++t) to[(t - step_begin) * out_step] = word_at<Step, T>(m, row + r, t, depth);
+      }
+    }
+  };
+  for (int64_t s = step_begin; s < step_end; s += 16) {
+    const int64_t s_stop = s + 16 < step_end ? s + 16 : step_end;
+    for (int64_t i = 0; i < count; i += 16) piece(s, s_stop, i, i + 16 < count ? i + 16 : count);
+    for (int64_t t = s; t < s_stop; ++t) {
+      for (int64_t i = count; i < padded; ++i) out[(t - step_begin) * out_step + i * out_row] = 0;
     }
   }
 }
@@ -82,6 +95,21 @@ struct Tile {
   bool accumulate, finish;  // add to what c holds; divide by the norms
   const float* scale_b;     // 1 / max(norm_b, eps) of the panel's columns
 };
+
+// Asks for the lines of c that a tile will write, so that they are there when its sums are done.
+inline void prefetch_tile(const Tile& t, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* c = t.m.c + (t.row + i) * t.m.stride_c + t.column;
+    for (int64_t j = 0; j < kTileColumns && j < t.columns; j += 16) __builtin_prefetch(c + j, 1, 3);
+  }
+}
+
+// Asks for a share of the next rows of a, of which only a piece is read before the work moves far away.
+inline void prefetch_rows(Lines next, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    for (int64_t s = begin; s < end; s += 16) __builtin_prefetch(next.words + i * next.stride + s, 0, 2);
+  }
+}
 
 template <class Step, int R>
 void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
@@ -115,13 +143,7 @@ void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
       const int n = left < Vec::lanes ? static_cast<int>(left) : Vec::lanes;
       if (t.accumulate) value = value + Vec::load(to, n);
       if (scaled) value = value * Vec::load(t.scale_b + j * Vec::lanes) * scale;
-      if (n < Vec::lanes) {
-        value.store(to, n);
-      } else if (t.m.stream && t.finish) {
-        value.stream(to);
-      } else {
-        value.store(to);
-      }
+      n < Vec::lanes ? value.store(to, n) : value.store(to);
     }
   }
 }
@@ -153,7 +175,7 @@ struct Scratch {
     const auto address = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
     b = reinterpret_cast<Word*>(address);
     a = b + kBlockColumns * kBlockDepth;
-    scale_b = reinterpret_cast<float*>(a + kBlockRows * kBlockDepth);
+    scale_b = reinterpret_cast<float*>(a + kBlockRows * (kBlockDepth + 16));
   }
 };
 
@@ -183,21 +205,28 @@ void by_tiles(const Matrix& m, const Block& block, void* memory) {
           const A* first = static_cast<const A*>(m.a.data) + row * m.a.stride_row;
           lines = {reinterpret_cast<const Word*>(first) + step, m.a.stride_row / Step::depth};
         } else {
-          pack<Step, A>(m.a, row, rows, rows, step, step + count, m.depth, scratch.a, 1, count);
-          lines = {scratch.a, count};
+          // Rows a power of two apart would share the same few places of the first cache.
+          const int64_t stride = count + 16;
+          pack<Step, A>(m.a, row, rows, rows, step, step + count, m.depth, scratch.a, 1, stride);
+          lines = {scratch.a, stride};
         }
         for (int64_t i = 0; i < rows; i += kTileRows) {
           const int64_t height = rows - i < kTileRows ? rows - i : kTileRows;
           for (int64_t j = 0; j < columns; j += kTileColumns) {
             const Tile t = {m, row + i, column + j, columns - j, step > 0, step + count == steps, scratch.scale_b + j};
-            tile_of<Step>(height, t, {lines.words + i * lines.stride, lines.stride}, scratch.b + j * count, count);
+            const Lines strip = {lines.words + i * lines.stride, lines.stride};
+            prefetch_tile(t, height);
+            if (count < steps) {
+              const Lines next = {strip.words + kTileRows * strip.stride, strip.stride};
+              prefetch_rows(next, count * j / columns, count * (j + kTileColumns) / columns);
+            }
+            tile_of<Step>(height, t, strip, scratch.b + j * count, count);
           }
         }
       }
       step += count;
     } while (step < steps);
   }
-  if (m.stream) Vec::stream_fence();
 }
 
 // Few rows or few columns: dot products straight from memory, the long side once.

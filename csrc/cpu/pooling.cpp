@@ -172,7 +172,6 @@ Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, std::o
   p.norm = static_cast<const float*>(norm.const_data_ptr());
   p.argmax = static_cast<const int32_t*>(argmax.const_data_ptr());
   p.grad_x = grad_x.mutable_data_ptr();
-  p.stream = may_stream(grad_x, dim);
 
   const PoolBackwardFn kernel = kernels().pool_backward[dtype];
   const int64_t tokens = packed ? length / (batch > 0 ? batch : 1) + 1 : length;

@@ -1,7 +1,7 @@
 // Pooling: each sequence is read once, four tokens at a time, into float32 rows that stay in the first cache.
 //
-// Tokens stream from memory in order whatever the mode, so every mode runs at the speed of the memory; a second mode
-// finds the four tokens still in cache. The gradient is one write of its own size.
+// Tokens come from memory in the same order whatever the mode, so every mode runs at the speed of the memory; a second
+// mode finds the four tokens still in cache. The gradient is one write of its own size.
 
 namespace pooling {
 
@@ -84,69 +84,120 @@ struct Summary {
   }
 };
 
-template <class T>
-void add_rows(float* sum, const T* x, int64_t stride, int64_t n, int64_t dim) {
-  const T *x1 = x + stride, *x2 = x + 2 * stride, *x3 = x + 3 * stride;
-  if (n == 4) {
-    each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-      const Vec pairs = (load(x + d, k) + load(x1 + d, k)) + (load(x2 + d, k) + load(x3 + d, k));
-      (Vec::load(sum + d) + pairs).store(sum + d);
-    });
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i, x += stride) {
-    each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE { (Vec::load(sum + d) + load(x + d, k)).store(sum + d); });
-  }
-}
-
-template <class T>
-void add_weighted_rows(float* sum, const T* x, int64_t stride, int64_t n, int64_t dim, float weight) {
-  const T *x1 = x + stride, *x2 = x + 2 * stride, *x3 = x + 3 * stride;
-  const Vec w0 = Vec::fill(weight), w1 = Vec::fill(weight + 1), w2 = Vec::fill(weight + 2), w3 = Vec::fill(weight + 3);
-  if (n == 4) {
-    each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-      const Vec low = Vec::fma(w0, load(x + d, k), w1 * load(x1 + d, k));
-      const Vec high = Vec::fma(w2, load(x2 + d, k), w3 * load(x3 + d, k));
-      (Vec::load(sum + d) + (low + high)).store(sum + d);
-    });
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i, x += stride) {
-    const Vec w = Vec::fill(weight + static_cast<float>(i));
-    each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-      Vec::fma(w, load(x + d, k), Vec::load(sum + d)).store(sum + d);
-    });
-  }
-}
-
-template <class T>
-void max_rows(float* best, int32_t* argmax, const T* x, int64_t stride, int64_t n, int64_t dim, int64_t token) {
+// N rows at a time. The rows of a group lie far apart, see `pool_span`.
+template <int N, class T>
+void add_rows(float* sum, const T* const (&x)[N], int64_t dim) {
   each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-    Vec top = Vec::load(best + d);
-    auto where = Vec::load_index(argmax + d, k.count);
-    const T* row = x + d;
-    for (int64_t i = 0; i < n; ++i, row += stride) {
-      const Vec value = load(row, k);
-      const auto replaced = Vec::above(value, top);
-      top = Vec::select(replaced, value, top);
-      where = Vec::select_index(replaced, static_cast<int32_t>(token + i), where);
-    }
-    top.store(best + d);
-    Vec::store_index(where, argmax + d, k.count);
+    Vec value = load(x[0] + d, k);
+    for (int q = 1; q < N; ++q) value = value + load(x[q] + d, k);
+    (Vec::load(sum + d) + value).store(sum + d);
   });
 }
 
-template <class T>
-void max_rows(float* best, const T* x, int64_t stride, int64_t n, int64_t dim) {
+template <int N, class T>
+void add_weighted_rows(float* sum, const T* const (&x)[N], const float (&weight)[N], int64_t dim) {
+  each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
+    Vec value = Vec::fill(weight[0]) * load(x[0] + d, k);
+    for (int q = 1; q < N; ++q) value = Vec::fma(Vec::fill(weight[q]), load(x[q] + d, k), value);
+    (Vec::load(sum + d) + value).store(sum + d);
+  });
+}
+
+template <int N, class T>
+void max_rows(float* best, const T* const (&x)[N], int64_t dim) {
   each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
     Vec top = Vec::load(best + d);
-    const T* row = x + d;
-    for (int64_t i = 0; i < n; ++i, row += stride) {
-      const Vec value = load(row, k);
+    for (int q = 0; q < N; ++q) {
+      const Vec value = load(x[q] + d, k);
       top = Vec::select(Vec::above(value, top), value, top);
     }
     top.store(best + d);
   });
+}
+
+template <class T>
+void argmax_row(float* best, int32_t* argmax, const T* x, int64_t dim, int64_t token) {
+  each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
+    const Vec top = Vec::load(best + d), value = load(x + d, k);
+    const auto replaced = Vec::above(value, top);
+    Vec::select(replaced, value, top).store(best + d);
+    const auto where = Vec::load_index(argmax + d, k.count);
+    Vec::store_index(Vec::select_index(replaced, static_cast<int32_t>(token), where), argmax + d, k.count);
+  });
+}
+
+// Takes the maxima of later tokens into those of earlier ones.
+inline void merge_argmax(float* best, int32_t* argmax, const float* later, const int32_t* later_argmax, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) {
+    if (!(later[d] <= best[d]) && best[d] == best[d]) {
+      best[d] = later[d];
+      argmax[d] = later_argmax[d];
+    }
+  }
+}
+
+// Rows of scratch of one thread: an accumulator per kind of mode, and for argmax one per stream.
+constexpr int kStreams = 4;
+
+struct Accumulators {
+  int64_t dim, padded;
+  float *sum, *weighted, *best, *stream_best;
+  int32_t *argmax = nullptr, *stream_argmax;
+  bool need_sum = false, need_weighted = false, need_max = false;
+
+  Accumulators(const Pool& p, int64_t index, float* scratch)
+      : dim(p.layout.dim), padded(round_up(dim)), sum(scratch), weighted(sum + padded), best(weighted + padded),
+        stream_best(best + padded), stream_argmax(reinterpret_cast<int32_t*>(stream_best + kStreams * padded)) {
+    for (int64_t m = 0; m < p.mode_count; ++m) {
+      need_sum |= p.modes[m] == kMean || p.modes[m] == kMeanSqrtLen;
+      need_weighted |= p.modes[m] == kWeightedMean;
+      need_max |= p.modes[m] == kMax;
+    }
+    if (need_sum) fill(sum, padded, 0.0f);
+    if (need_weighted) fill(weighted, padded, 0.0f);
+    if (need_max) fill(best, padded, -__builtin_inff());
+    if (p.argmax != nullptr) {
+      argmax = p.argmax + index * dim;
+      fill(argmax, dim, int32_t{-1});
+    }
+  }
+  bool any() const { return need_sum || need_weighted || need_max; }
+};
+
+// Adds the tokens [begin, end). A long run is read in four places at once, a quarter of it apart: the processor fetches
+// each ahead by itself, and one alone does not keep the memory busy.
+template <class T>
+void pool_span(const Accumulators& a, const Sequence& s, const T* x, int64_t stride, int64_t begin, int64_t end) {
+  const int64_t quarter = end - begin < 2 * kStreams ? 0 : (end - begin) / kStreams;
+  if (quarter > 0 && a.argmax != nullptr) {
+    fill(a.stream_best, kStreams * a.padded, -__builtin_inff());
+    fill(a.stream_argmax, kStreams * a.padded, static_cast<int32_t>(begin));
+  }
+  for (int64_t token = begin; token < begin + quarter; ++token) {
+    const T* rows[kStreams];
+    float weights[kStreams];
+    for (int q = 0; q < kStreams; ++q) {
+      rows[q] = x + (token + q * quarter) * stride;
+      weights[q] = s.weight(token + q * quarter);
+    }
+    if (a.need_sum) add_rows(a.sum, rows, a.dim);
+    if (a.need_weighted) add_weighted_rows(a.weighted, rows, weights, a.dim);
+    if (a.need_max && a.argmax == nullptr) max_rows(a.best, rows, a.dim);
+    for (int q = 0; a.argmax != nullptr && q < kStreams; ++q) {
+      argmax_row(a.stream_best + q * a.padded, a.stream_argmax + q * a.padded, rows[q], a.dim, token + q * quarter);
+    }
+  }
+  for (int q = 0; quarter > 0 && a.argmax != nullptr && q < kStreams; ++q) {
+    merge_argmax(a.best, a.argmax, a.stream_best + q * a.padded, a.stream_argmax + q * a.padded, a.dim);
+  }
+  for (int64_t token = begin + kStreams * quarter; token < end; ++token) {
+    const T* row[1] = {x + token * stride};
+    const float weight[1] = {s.weight(token)};
+    if (a.need_sum) add_rows(a.sum, row, a.dim);
+    if (a.need_weighted) add_weighted_rows(a.weighted, row, weight, a.dim);
+    if (a.need_max && a.argmax == nullptr) max_rows(a.best, row, a.dim);
+    if (a.argmax != nullptr) argmax_row(a.best, a.argmax, row[0], a.dim, token);
+  }
 }
 
 // One mode's result before conversion: a float32 row to divide, or a token's row as it is, or zeros.
@@ -166,36 +217,16 @@ struct Part {
 template <class T>
 void pool_one(const Pool& p, int64_t index, float* scratch) {
   const Sequence s(p.layout, index);
-  const int64_t dim = p.layout.dim, padded = round_up(dim);
-  float *sum = scratch, *weighted = scratch + padded, *best = scratch + 2 * padded;
-  int32_t* argmax = p.argmax != nullptr ? p.argmax + index * dim : nullptr;
-  bool need_sum = false, need_weighted = false, need_max = false;
-  for (int64_t m = 0; m < p.mode_count; ++m) {
-    need_sum |= p.modes[m] == kMean || p.modes[m] == kMeanSqrtLen;
-    need_weighted |= p.modes[m] == kWeightedMean;
-    need_max |= p.modes[m] == kMax;
-  }
-  if (need_sum) fill(sum, padded, 0.0f);
-  if (need_weighted) fill(weighted, padded, 0.0f);
-  if (need_max) fill(best, padded, -__builtin_inff());
-
+  const Accumulators a(p, index, scratch);
+  const int64_t dim = p.layout.dim;
   const T* x = static_cast<const T*>(p.x) + index * p.stride_batch + s.origin * p.stride_token;
   Summary summary;
   for (int64_t begin = 0, end = 0; s.next_span(begin, end);) {
     // A sentence of -inf alone has its maximum at its first token.
-    if (argmax != nullptr && summary.count == 0) fill(argmax, dim, static_cast<int32_t>(begin));
+    if (a.argmax != nullptr && summary.count == 0) fill(a.argmax, dim, static_cast<int32_t>(begin));
     summary.add(s, begin, end);
-    if (!need_sum && !need_weighted && !need_max) continue;
-    for (int64_t token = begin; token < end; token += 4) {
-      const int64_t n = end - token < 4 ? end - token : 4;
-      const T* rows = x + token * p.stride_token;
-      if (need_sum) add_rows(sum, rows, p.stride_token, n, dim);
-      if (need_weighted) add_weighted_rows(weighted, rows, p.stride_token, n, dim, s.weight(token));
-      if (need_max && argmax != nullptr) max_rows(best, argmax, rows, p.stride_token, n, dim, token);
-      if (need_max && argmax == nullptr) max_rows(best, rows, p.stride_token, n, dim);
-    }
+    if (a.any()) pool_span(a, s, x, p.stride_token, begin, end);
   }
-  if (argmax != nullptr && summary.count == 0) fill(argmax, dim, int32_t{-1});
   summary.finish(s);
 
   Part<T> parts[kMaxModes];
@@ -205,7 +236,7 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
     if (token >= 0) {
       parts[m].token = x + token * p.stride_token;
     } else if (mode != kCls && mode != kLastToken) {
-      parts[m].sums = mode == kMax ? best : mode == kWeightedMean ? weighted : sum;
+      parts[m].sums = mode == kMax ? a.best : mode == kWeightedMean ? a.weighted : a.sum;
       if (mode != kMax) parts[m].denominator = summary.denominator(mode);
     }
   }
@@ -268,7 +299,6 @@ template <class T>
 struct TokenGradient {
   const float *constant = nullptr, *weighted = nullptr, *best = nullptr;
   const int32_t* argmax = nullptr;
-  bool stream = false;
 
   void write(T* row, int64_t dim, float weight, int64_t token) const {
     each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
@@ -278,16 +308,14 @@ struct TokenGradient {
         const auto here = Vec::equal(Vec::load_index(argmax + d, k.count), static_cast<int32_t>(token));
         value = Vec::select(here, value + Vec::load(best + d), value);
       }
-      stream ? store_stream(value, row + d, k) : store(value, row + d, k);
+      store(value, row + d, k);
     });
   }
 };
 
 template <class T>
-void write_zeros(T* rows, int64_t n, bool stream) {
-  each_vector(n, [&](int64_t d, auto k) SENTFAST_INLINE {
-    stream ? store_stream(Vec::zero(), rows + d, k) : store(Vec::zero(), rows + d, k);
-  });
+void write_zeros(T* rows, int64_t n) {
+  __builtin_memset(rows, 0, static_cast<size_t>(n) * sizeof(T));
 }
 
 template <class T>
@@ -303,7 +331,6 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
   summary.finish(s);
 
   TokenGradient<T> token_gradient;
-  token_gradient.stream = p.stream;
   const auto accumulate = [&](const float** slot, float* row, const float* part, float denominator) {
     if (*slot == nullptr) fill(row, padded, 0.0f);
     *slot = row;
@@ -332,12 +359,12 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
                            token_gradient.best != nullptr;
   int64_t written = 0;
   for (int64_t begin = 0, end = 0; every_token && s.next_span(begin, end); written = end) {
-    write_zeros(grad_x + written * dim, (begin - written) * dim, p.stream);
+    write_zeros(grad_x + written * dim, (begin - written) * dim);
     for (int64_t token = begin; token < end; ++token) {
       token_gradient.write(grad_x + token * dim, dim, s.weight(token), token);
     }
   }
-  write_zeros(grad_x + written * dim, (s.length - written) * dim, p.stream);
+  write_zeros(grad_x + written * dim, (s.length - written) * dim);
 
   for (int64_t m = 0; single && m < p.mode_count; ++m) {
     const int64_t token = p.modes[m] == kCls ? summary.first : p.modes[m] == kLastToken ? summary.last : -1;
@@ -347,7 +374,6 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
       store(load(row + d, k) + Vec::load(grad_pooled + m * padded + d), row + d, k);
     });
   }
-  if (p.stream) Vec::stream_fence();
 }
 
 template <class T>

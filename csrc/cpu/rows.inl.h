@@ -21,22 +21,27 @@ float dot(const A* a, const B* b, int64_t dim) {
   return (even + odd).sum();
 }
 
+// How many rows ahead of the one in work are asked for.
+constexpr int64_t kAhead = 4;
+
+template <class T>
+void prefetch_row(const Rows& r, int64_t i, int64_t dim) {
+  const T* next = row<T>(r, i + kAhead);
+  for (int64_t d = 0; d < dim; d += static_cast<int64_t>(64 / sizeof(T))) prefetch(next + d);
+}
+
 template <class T>
 void normalize(const Normalize& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row<T>(p.x, i);
+    prefetch_row<T>(p.x, i, p.dim);
     const float norm = __builtin_sqrtf(dot(x, x, p.dim));
     if (p.norm != nullptr) p.norm[i] = norm;
     if (p.y == nullptr) continue;
     T* y = static_cast<T*>(p.y) + i * p.dim;
-    const Vec divisor = Vec::fill(at_least(norm, p.eps));
-    if (p.stream) {
-      each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store_stream(load(x + d, k) / divisor, y + d, k); });
-    } else {
-      each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(x + d, k) / divisor, y + d, k); });
-    }
+    const Vec scale = Vec::fill(1.0f / at_least(norm, p.eps));
+    each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(x + d, k) * scale, y + d, k); });
   }
-  if (p.stream) Vec::stream_fence();
 }
 
 // grad / n - x <x, grad> / n^3; below eps only grad / eps.
@@ -44,16 +49,18 @@ template <class T, class G>
 void normalize_backward_row(const NormalizeBackward& p, int64_t i) {
   const T* x = row<T>(p.x, i);
   const G* grad = row<G>(p.grad, i);
+  prefetch_row<T>(p.x, i, p.dim);
+  prefetch_row<G>(p.grad, i, p.dim);
   T* grad_x = static_cast<T*>(p.grad_x) + i * p.dim;
   const float norm = at_least(p.norm[i], p.eps);
-  const float along = p.norm[i] < p.eps ? 0.0f : dot(x, grad, p.dim) / norm / norm;
-  const Vec divisor = Vec::fill(norm), tangent = Vec::fill(along);
-  const bool constant = along == 0.0f;  // 0 * inf must not make NaN
+  const float along = p.norm[i] < p.eps ? 0.0f : dot(x, grad, p.dim) / norm / norm / norm;
+  const Vec scale = Vec::fill(1.0f / norm), tangent = Vec::fill(along);
+  if (along == 0.0f) {  // 0 * inf must not make NaN
+    each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(grad + d, k) * scale, grad_x + d, k); });
+    return;
+  }
   each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-    Vec value = load(grad + d, k);
-    if (!constant) value = value - tangent * load(x + d, k);
-    value = value / divisor;
-    p.stream ? store_stream(value, grad_x + d, k) : store(value, grad_x + d, k);
+    store(load(grad + d, k) * scale - tangent * load(x + d, k), grad_x + d, k);
   });
 }
 
@@ -72,7 +79,6 @@ void normalize_backward(const NormalizeBackward& p, int64_t begin, int64_t end) 
         break;
     }
   }
-  if (p.stream) Vec::stream_fence();
 }
 
 template <class T>

@@ -29,7 +29,7 @@ void run(NormalizeFn kernel, const Normalize& p, int64_t rows) {
 // Writes the norms of the rows of x.
 void write_norms(const Tensor& x, float* norm) {
   const RowView view(x);
-  const Normalize p = {view.dim, view.get(), nullptr, norm, 0.0f, false};
+  const Normalize p = {view.dim, view.get(), nullptr, norm, 0.0f};
   run(kernels().normalize[dtype_index(x, "x")], p, view.rows);
 }
 
@@ -37,8 +37,7 @@ Tensor normalize_into(const Tensor& x, double eps, float* norm) {
   const int dtype = dtype_index(x, "x");
   const RowView view(x);
   Tensor y = new_tensor(sizes_of(x), x.scalar_type());
-  const Normalize p = {view.dim, view.get(), y.mutable_data_ptr(), norm, static_cast<float>(eps),
-                       may_stream(y, view.dim)};
+  const Normalize p = {view.dim, view.get(), y.mutable_data_ptr(), norm, static_cast<float>(eps)};
   run(kernels().normalize[dtype], p, view.rows);
   return y;
 }
@@ -69,8 +68,7 @@ Tensor l2_normalize_backward(Tensor grad, Tensor x, Tensor norm, double eps) {
                                dtype_of(grad, "grad"),
                                static_cast<const float*>(norm.const_data_ptr()),
                                grad_x.mutable_data_ptr(),
-                               static_cast<float>(eps),
-                               may_stream(grad_x, x_view.dim)};
+                               static_cast<float>(eps)};
   const NormalizeBackwardFn kernel = kernels().normalize_backward[dtype];
   torch::stable::parallel_for(0, x_view.rows, grain(p.dim),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -124,7 +122,6 @@ Tensor matrix(const Tensor& a, const Tensor& b, const float* norm_a, const float
   if (batch == 0 || rows == 0 || columns == 0) return scores;
   m.stride_c = columns;
   m.eps = eps;
-  m.stream = may_stream(scores, columns);
 
   const int64_t column_tasks = (columns + kBlockColumns - 1) / kBlockColumns;
   const int64_t height = rows_per_task(rows, batch * column_tasks);

@@ -17,7 +17,7 @@ namespace sentfast::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A result this large leaves the caches anyway: it is written around them, and its pages are asked for in 2 MiB pieces.
+// The pages of a new tensor this large are asked for in 2 MiB pieces.
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
 
 inline Dtype dtype_of(const Tensor& x, const char* name) {
@@ -66,16 +66,6 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
 inline std::vector<int64_t> sizes_of(const Tensor& x) {
   const auto sizes = x.sizes();
   return {sizes.begin(), sizes.end()};
-}
-
-inline int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
-
-inline bool is_large(const Tensor& x) { return bytes_of(x) >= kLargeBytes; }
-
-// Whether every row of a dense tensor of this width starts where `stream` may write: on a whole vector.
-inline bool may_stream(const Tensor& x, int64_t dim) {
-  const auto row_bytes = dim * static_cast<int64_t>(x.element_size());
-  return is_large(x) && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 64 == 0;
 }
 
 // x as rows of its last dimension, at one distance from each other; copied only where its strides do not allow that.

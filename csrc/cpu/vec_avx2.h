@@ -53,10 +53,6 @@ struct Vec {
   void store(float* p, int n) const { _mm256_maskstore_ps(p, lane_mask(n), v); }
   void store(BFloat16* p, int n) const { store_half(&p->bits, narrow_bf16(), n); }
   void store(Float16* p, int n) const { store_half(&p->bits, narrow_f16(), n); }
-  void stream(float* p) const { _mm256_stream_ps(p, v); }
-  void stream(BFloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16()); }
-  void stream(Float16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_f16()); }
-  static void stream_fence() { _mm_sfence(); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -102,5 +98,5 @@ struct Vec {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
-  static Vec broadcast(const Word* p) { return {_mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(*p)))}; }
+  static Vec broadcast(const Word* p) { return {_mm256_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))}; }
 };

@@ -40,10 +40,6 @@ struct Vec {
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, lane_mask(n), v); }
   void store(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, lane_mask(n), narrow_bf16()); }
   void store(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, lane_mask(n), narrow_f16()); }
-  void stream(float* p) const { _mm512_stream_ps(p, v); }
-  void stream(BFloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16()); }
-  void stream(Float16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16()); }
-  static void stream_fence() { _mm_sfence(); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -77,5 +73,5 @@ struct Vec {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
-  static Vec broadcast(const Word* p) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p)))}; }
+  static Vec broadcast(const Word* p) { return {_mm512_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))}; }
 };

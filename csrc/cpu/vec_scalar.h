@@ -85,11 +85,6 @@ struct Vec {
   void store(T* p, int n) const {
     for (int i = 0; i < n; ++i) narrow(v[i], p + i);
   }
-  template <class T>
-  void stream(T* p) const {
-    store(p);
-  }
-  static void stream_fence() {}
 
   friend Vec operator+(Vec a, Vec b) {
     for (int i = 0; i < lanes; ++i) a.v[i] += b.v[i];

@@ -19,10 +19,10 @@ void test_normalize() {
   const Buffer<T> y(rows * dim), grad_x(rows * dim);
   const Buffer<float> norm(rows);
   const int index = static_cast<int>(dtype<T>());
-  const Normalize p = {dim, {x.get(), stride}, y.get(), norm.get(), 1e-12f, false};
+  const Normalize p = {dim, {x.get(), stride}, y.get(), norm.get(), 1e-12f};
   in_threads(rows, [&](int64_t begin, int64_t end) { kernels().normalize[index](p, begin, end); });
   const NormalizeBackward q = {dim,        {grad.get(), dim}, {x.get(), stride}, dtype<T>(),
-                               norm.get(), grad_x.get(),      1e-12f,            false};
+                               norm.get(), grad_x.get(),      1e-12f};
   in_threads(rows, [&](int64_t begin, int64_t end) { kernels().normalize_backward[index](q, begin, end); });
   for (int64_t i = 0; i < rows; ++i) {
     const T *xi = x.get() + i * stride, *gi = grad.get() + i * dim;
@@ -99,7 +99,7 @@ void test_matrix(bool scaled) {
   const Buffer<float> c(rows * columns), norm_a(rows), norm_b(columns);
   for (int64_t i = 0; i < rows; ++i) norm_a[i] = 0.5f + std::fabs(normal());
   for (int64_t j = 0; j < columns; ++j) norm_b[j] = 0.5f + std::fabs(normal());
-  Matrix m = {rows, columns, depth, a.operand, b.operand, c.get(), columns, nullptr, nullptr, 1e-12f, false};
+  Matrix m = {rows, columns, depth, a.operand, b.operand, c.get(), columns, nullptr, nullptr, 1e-12f};
   if (scaled) {
     m.norm_a = norm_a.get();
     m.norm_b = norm_b.get();
