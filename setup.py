@@ -75,7 +75,8 @@ class BuildLibraries(build_ext):
         import torch.utils.cpp_extension as torch_paths
         from torch import __version__ as torch_version
 
-        package = ROOT / "sentfast" if self.inplace else Path(self.build_lib).resolve() / "sentfast"
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "sentfast" if in_place else Path(self.build_lib).resolve() / "sentfast"
         package.mkdir(parents=True, exist_ok=True)
         self.ninja = Ninja(Path(self.build_temp).resolve())
         self.torch_include = " ".join(f"-isystem {path}" for path in torch_paths.include_paths())
@@ -94,6 +95,13 @@ class BuildLibraries(build_ext):
         }
         (package / "_build.json").write_text(json.dumps(info, indent=2) + "\n")
 
+    def get_outputs(self) -> list[str]:
+        """Nothing for setuptools to copy or check: the libraries are written where they belong."""
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
     def _cpu_library(self, library: Path) -> None:
         import pybind11
 
@@ -105,7 +113,12 @@ class BuildLibraries(build_ext):
         python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         tiers = TIERS if platform.machine() in ("x86_64", "AMD64") else {"scalar": ""}
         sources = {f"cpu/tier_{tier}": f"{flags} {_QUIET}" for tier, flags in tiers.items()}
-        sources |= {"cpu/isa": "", "cpu/pooling": self.torch_flags, "cpu/similarity": self.torch_flags, "module": python}
+        sources |= {
+            "cpu/isa": "",
+            "cpu/pooling": self.torch_flags,
+            "cpu/similarity": self.torch_flags,
+            "module": python,
+        }
         objects = [
             self.ninja.build("cxx", self.ninja.folder / f"{name}.o", [ROOT / "csrc" / f"{name}.cpp"], flags=flags)
             for name, flags in sources.items()
@@ -120,6 +133,8 @@ class BuildLibraries(build_ext):
     def _cuda_library(self, nvcc: str, library: Path) -> None:
         archs = os.environ.get("SENTFAST_CUDA_ARCHS", "80 86 89 90a 100 120").split()
         codes = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
+        newest = archs[-1].rstrip("af")  # as PTX too, for GPUs that are not made yet
+        codes += f" -gencode arch=compute_{newest},code=compute_{newest}"
         options = f"-O3 -std=c++17 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d {codes}"
         self.ninja.rule("nvcc", f"{nvcc} {options} -c $in -o $out {self.torch_flags}")
         objects = [
@@ -138,7 +153,9 @@ def _buildable() -> bool:
         import pybind11  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:  # an isolated build: a working pure install rather than another torch
-        print(f"sentfast: no {error.name} to build with; use --no-build-isolation for the fast kernels", file=sys.stderr)
+        print(
+            f"sentfast: no {error.name} to build with; use --no-build-isolation for the fast kernels", file=sys.stderr
+        )
         return False
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         print("sentfast: no C++ compiler found; installing without the fast kernels", file=sys.stderr)

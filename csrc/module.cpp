@@ -32,7 +32,8 @@ double peak_flops(const std::string& dtype, double seconds) {
   } else {
     throw py::value_error("dtype: expected float32 or bfloat16, got " + dtype);
   }
-  if (run == nullptr) throw py::value_error("dtype: " + std::string(isa_name(isa())) + " has no multiply-add of " + dtype);
+  if (run == nullptr)
+    throw py::value_error("dtype: " + std::string(isa_name(isa())) + " has no multiply-add of " + dtype);
   const py::gil_scoped_release release;
   using clock = std::chrono::steady_clock;
   const auto start = clock::now();

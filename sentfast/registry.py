@@ -198,4 +198,3 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
-

@@ -36,4 +36,6 @@ def assert_accurate(result: Tensor, eager: Tensor, exact: Tensor, *, size: float
     size = max(size, finite.abs().max().item() if finite.numel() else 0.0)
     limit = 2 * error(eager.detach(), exact) + ROUNDINGS * torch.finfo(result.dtype).eps * size
     got = error(result, exact)
-    assert got <= limit, f"{what}: error {got:.3g} exceeds {limit:.3g} (eager's error {error(eager.detach(), exact):.3g})"
+    assert got <= limit, (
+        f"{what}: error {got:.3g} exceeds {limit:.3g} (eager's error {error(eager.detach(), exact):.3g})"
+    )

@@ -92,7 +92,9 @@ def vectors(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def normalize_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
-    for shape in [(1,), (3, 8), (2, 3, 17)] if small else [(1,), (5, 15), (4, 16), (2, 3, 17), (7, 33), (3, 384), (2, 1500)]:
+    for shape in (
+        [(1,), (3, 8), (2, 3, 17)] if small else [(1,), (5, 15), (4, 16), (2, 3, 17), (7, 33), (3, 384), (2, 1500)]
+    ):
         yield Call((vectors(*shape, dtype=dtype, device=device),), {}, f"{shape}")
 
 

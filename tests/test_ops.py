@@ -100,7 +100,9 @@ def test_strides_do_not_matter(case: Case, backend: Backend) -> None:
                 out = case.function(*inputs, **call.options)
                 other = grad.new_zeros(*grad.shape, 2)[..., 0].copy_(grad)  # a strided gradient
                 for got, want in zip((out, *torch.autograd.grad(out, inputs, other)), expected, strict=True):
-                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"{name} {call.label}")
+                    torch.testing.assert_close(
+                        got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"{name} {call.label}"
+                    )
 
 
 @every_backend
@@ -168,7 +170,9 @@ def test_opcheck(case: Case) -> None:
 @every_case
 def test_compiles_without_a_break(case: Case) -> None:
     call = list(case.calls(torch.float32, "cpu", True))[-1]
-    compiled = torch.compile(lambda *tensors: case.function(*tensors, **call.options), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *tensors: case.function(*tensors, **call.options), fullgraph=True, backend="aot_eager"
+    )
     inputs, plain = leaves(call), leaves(call)
     out, expected = compiled(*inputs.tensors), case.run(plain)
     torch.testing.assert_close(out, expected, equal_nan=True)

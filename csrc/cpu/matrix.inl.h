@@ -1,4 +1,5 @@
-// c = a b^T by rectangles: b is packed into panels as wide as a tile, a is read in place, a tile of c stays in registers.
+// c = a b^T by rectangles: b is packed into panels as wide as a tile, a is read in place, a tile of c stays in
+// registers.
 //
 // The tile is tile_rows x tile_vectors vectors (6 x 64 in AVX-512: 24 accumulators, the four vectors of b and one
 // broadcast of a). A panel holds one Word per step and column: a float32, or for bf16 dot products a pair of bf16.
@@ -60,7 +61,8 @@ void pack(const Operand& m, int64_t row, int64_t count, int64_t padded, int64_t 
         for (int64_t t = s; t < s_stop; ++t) out[(t - step_begin) * out_step + r * out_row] = from[t];
       }
     } else if (across) {
-      const T* ahead = static_cast<const T*>(m.data) + (row + i) * m.stride_row + (s + 16) * Step::depth * m.stride_column;
+      const T* ahead =
+          static_cast<const T*>(m.data) + (row + i) * m.stride_row + (s + 16) * Step::depth * m.stride_column;
       for (int64_t t = s; t < s_stop; ++t) {
         prefetch(ahead + (t - s) * Step::depth * m.stride_column);
         Word* to = out + (t - step_begin) * out_step;

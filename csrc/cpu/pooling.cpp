@@ -43,8 +43,9 @@ void set_layout(Layout& layout, const std::optional<Tensor>& mask, const std::op
   layout.prompt_length = prompt_length < layout.length ? prompt_length : layout.length;
   if (mask.has_value()) {
     STD_TORCH_CHECK(!cu_seqlens.has_value(), "attention_mask: expected None with cu_seqlens");
-    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == layout.batch && mask->size(1) == layout.length && mask->is_cpu(),
-                    "attention_mask: expected a CPU tensor of shape [", layout.batch, ", ", layout.length, "]");
+    STD_TORCH_CHECK(
+        mask->dim() == 2 && mask->size(0) == layout.batch && mask->size(1) == layout.length && mask->is_cpu(),
+        "attention_mask: expected a CPU tensor of shape [", layout.batch, ", ", layout.length, "]");
     layout.mask = mask->const_data_ptr();
     layout.mask_bytes = static_cast<int64_t>(mask->element_size());
     layout.mask_stride_batch = mask->stride(0);
@@ -165,8 +166,8 @@ Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, std::o
                     "argmax: expected int32 [B, D]");
   }
 
-  Tensor grad_x = packed ? new_tensor({length, dim}, grad.scalar_type())
-                         : new_tensor({batch, length, dim}, grad.scalar_type());
+  Tensor grad_x =
+      packed ? new_tensor({length, dim}, grad.scalar_type()) : new_tensor({batch, length, dim}, grad.scalar_type());
   p.grad = grad.const_data_ptr();
   p.out = out.const_data_ptr();
   p.norm = static_cast<const float*>(norm.const_data_ptr());

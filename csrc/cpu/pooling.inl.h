@@ -146,8 +146,13 @@ struct Accumulators {
   bool need_sum = false, need_weighted = false, need_max = false;
 
   Accumulators(const Pool& p, int64_t index, float* scratch)
-      : dim(p.layout.dim), padded(round_up(dim)), sum(scratch), weighted(sum + padded), best(weighted + padded),
-        stream_best(best + padded), stream_argmax(reinterpret_cast<int32_t*>(stream_best + kStreams * padded)) {
+      : dim(p.layout.dim),
+        padded(round_up(dim)),
+        sum(scratch),
+        weighted(sum + padded),
+        best(weighted + padded),
+        stream_best(best + padded),
+        stream_argmax(reinterpret_cast<int32_t*>(stream_best + kStreams * padded)) {
     for (int64_t m = 0; m < p.mode_count; ++m) {
       need_sum |= p.modes[m] == kMean || p.modes[m] == kMeanSqrtLen;
       need_weighted |= p.modes[m] == kWeightedMean;
@@ -277,7 +282,8 @@ void unnormalized_gradient(const PoolBackward& p, int64_t index, float* grad_poo
   float along = 0.0f, divisor = 1.0f;
   if (p.normalize) {
     Vec sum = Vec::zero();
-    each_vector(width, [&](int64_t d, auto k) SENTFAST_INLINE { sum = Vec::fma(load(grad + d, k), load(out + d, k), sum); });
+    each_vector(width,
+                [&](int64_t d, auto k) SENTFAST_INLINE { sum = Vec::fma(load(grad + d, k), load(out + d, k), sum); });
     // Below eps the denominator is a constant.
     along = p.norm[index] < kNormalizeEps ? 0.0f : sum.sum();
     divisor = at_least(p.norm[index], kNormalizeEps);
@@ -355,8 +361,8 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
   }
 
   T* grad_x = static_cast<T*>(p.grad_x) + (p.layout.cu_seqlens != nullptr ? s.origin : index * s.length) * dim;
-  const bool every_token = token_gradient.constant != nullptr || token_gradient.weighted != nullptr ||
-                           token_gradient.best != nullptr;
+  const bool every_token =
+      token_gradient.constant != nullptr || token_gradient.weighted != nullptr || token_gradient.best != nullptr;
   int64_t written = 0;
   for (int64_t begin = 0, end = 0; every_token && s.next_span(begin, end); written = end) {
     write_zeros(grad_x + written * dim, (begin - written) * dim);

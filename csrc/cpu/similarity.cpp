@@ -22,8 +22,7 @@ void check_rank(const Tensor& x, int64_t least, const char* name) {
 }
 
 void run(NormalizeFn kernel, const Normalize& p, int64_t rows) {
-  torch::stable::parallel_for(0, rows, grain(p.dim),
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  torch::stable::parallel_for(0, rows, grain(p.dim), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 // Writes the norms of the rows of x.
@@ -70,8 +69,7 @@ Tensor l2_normalize_backward(Tensor grad, Tensor x, Tensor norm, double eps) {
                                grad_x.mutable_data_ptr(),
                                static_cast<float>(eps)};
   const NormalizeBackwardFn kernel = kernels().normalize_backward[dtype];
-  torch::stable::parallel_for(0, x_view.rows, grain(p.dim),
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  torch::stable::parallel_for(0, x_view.rows, grain(p.dim), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return grad_x;
 }
 

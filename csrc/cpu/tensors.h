@@ -35,7 +35,8 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
 
 inline int dtype_index(const Tensor& x, const char* name) { return static_cast<int>(dtype_of(x, name)); }
 
-// Asks for huge pages: first touches of a large new tensor cost more than writing it. Only advice, so errors are ignored.
+// Asks for huge pages: first touches of a large new tensor cost more than writing it. Only advice, so errors are
+// ignored.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;

@@ -1,9 +1,9 @@
 // Every kernel for the instruction set `scalar`. Only this file is compiled with its flags, so nothing here may be
 // an inline function that other files share: the linker could keep this copy for all of them.
 
-#include "kernels.h"
 #include <cmath>
 #include <cstring>
+#include "kernels.h"
 namespace sentfast::cpu::scalar {
 namespace {
 #include "vec_scalar.h"

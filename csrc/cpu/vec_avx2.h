@@ -20,13 +20,12 @@ struct Vec {
     for (int i = 0; i < n; ++i) lane[i] = p[i];
     return _mm_load_si128(reinterpret_cast<const __m128i*>(lane));
   }
-  static Vec widen_bf16(__m128i x) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
-  }
+  static Vec widen_bf16(__m128i x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))}; }
   __m128i narrow_bf16() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, nan);
@@ -77,7 +76,8 @@ struct Vec {
 
   using Index = __m256i;  // an int32 per lane
   static Index load_index(const int32_t* p, int n) {
-    return n == lanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskload_epi32(p, lane_mask(n));
+    return n == lanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                      : _mm256_maskload_epi32(p, lane_mask(n));
   }
   static void store_index(Index x, int32_t* p, int n) {
     if (n == lanes) {
@@ -98,5 +98,7 @@ struct Vec {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
-  static Vec broadcast(const Word* p) { return {_mm256_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))}; }
+  static Vec broadcast(const Word* p) {
+    return {_mm256_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))};
+  }
 };

@@ -14,9 +14,7 @@ struct Vec {
   static __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m256i load_half(const void* p, int n) { return _mm256_maskz_loadu_epi16(lane_mask(n), p); }
-  static Vec widen_bf16(__m256i x) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
-  }
+  static Vec widen_bf16(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
   __m256i narrow_bf16() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -73,5 +71,7 @@ struct Vec {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
-  static Vec broadcast(const Word* p) { return {_mm512_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))}; }
+  static Vec broadcast(const Word* p) {
+    return {_mm512_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))};
+  }
 };

@@ -148,9 +148,7 @@ struct Vec {
     return m;
   }
 
-  float sum() const {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-  }
+  float sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
   static Vec broadcast(const Word* p) {
     const uint32_t bits = *p;
     float x;

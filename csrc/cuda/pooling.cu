@@ -61,8 +61,9 @@ Batch batch_of(const Tensor& first, int64_t padded_batch, int64_t length, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& x, const std::optional<Tensor>& attention_mask,
-                                        const std::optional<Tensor>& cu_seqlens, const std::vector<int64_t>& modes,
-                                        int64_t prompt_length, bool normalize) {
+                                                const std::optional<Tensor>& cu_seqlens,
+                                                const std::vector<int64_t>& modes, int64_t prompt_length,
+                                                bool normalize) {
   const bool packed = cu_seqlens.has_value();
   const Dtype dtype = dtype_of("x", x);
   check_device("x", x, x);

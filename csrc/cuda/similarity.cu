@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> cosine_similarity_forward(const Tensor& a, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> pairwise_similarity_forward(const Tensor& a_in, const Tensor& b_in, int64_t metric,
-                                                       double eps) {
+                                                               double eps) {
   Tensor a = a_in, b = b_in;
   const Dtype dtype = dtype_of("a", a);
   check_device("a", a, a);

@@ -28,9 +28,7 @@ def _pool_forward_fake(x, attention_mask, cu_seqlens, modes, prompt_length, norm
     return out, norm, x.new_empty(argmax_shape, dtype=torch.int32)
 
 
-def _pool_backward_fake(
-    grad, out, norm, argmax, attention_mask, cu_seqlens, modes, prompt_length, length, normalize
-):
+def _pool_backward_fake(grad, out, norm, argmax, attention_mask, cu_seqlens, modes, prompt_length, length, normalize):
     dim = grad.shape[-1] // len(modes)
     return grad.new_empty((length, dim) if cu_seqlens is not None else (grad.shape[0], length, dim))
 

@@ -16,6 +16,9 @@ from sentfast.registry import define, result_of
 _HALF = (torch.bfloat16, torch.float16)  # Triton reaches the tensor cores; for float32 CUDA C++ comes first
 
 
+_SMALLEST_EPS = 1e-38  # its reciprocal is a float32
+
+
 def _l2_normalize_fake(x, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
         x.shape[:-1], dtype=accumulation_dtype(x.dtype)
@@ -153,8 +156,8 @@ class _PairwiseSimilarity(torch.autograd.Function):
 
 
 def _check_eps(eps: float) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    if not eps >= _SMALLEST_EPS:
+        raise ValueError(f"eps: expected a number of at least {_SMALLEST_EPS}, got {eps}")
 
 
 def _check_pair(a: Tensor, b: Tensor, ndim: str) -> None:

@@ -10,8 +10,8 @@ void test_dtype() {
   check::test_pooling<T>(false);
   check::test_pooling<T>(true);
   check::test_normalize<T>();
-  for (const auto metric : {sentfast::cpu::kCosine, sentfast::cpu::kDot, sentfast::cpu::kEuclidean,
-                            sentfast::cpu::kManhattan}) {
+  for (const auto metric :
+       {sentfast::cpu::kCosine, sentfast::cpu::kDot, sentfast::cpu::kEuclidean, sentfast::cpu::kManhattan}) {
     check::test_pairwise<T>(metric);
   }
   check::test_matrix<T, T>(false);

@@ -21,8 +21,7 @@ void test_normalize() {
   const int index = static_cast<int>(dtype<T>());
   const Normalize p = {dim, {x.get(), stride}, y.get(), norm.get(), 1e-12f};
   in_threads(rows, [&](int64_t begin, int64_t end) { kernels().normalize[index](p, begin, end); });
-  const NormalizeBackward q = {dim,        {grad.get(), dim}, {x.get(), stride}, dtype<T>(),
-                               norm.get(), grad_x.get(),      1e-12f};
+  const NormalizeBackward q = {dim, {grad.get(), dim}, {x.get(), stride}, dtype<T>(), norm.get(), grad_x.get(), 1e-12f};
   in_threads(rows, [&](int64_t begin, int64_t end) { kernels().normalize_backward[index](q, begin, end); });
   for (int64_t i = 0; i < rows; ++i) {
     const T *xi = x.get() + i * stride, *gi = grad.get() + i * dim;
@@ -42,8 +41,7 @@ void test_pairwise(Metric metric) {
   const Buffer<T> a = random<T>(rows * dim), b = random<T>(rows * dim), grad_a(rows * dim), grad_b(rows * dim);
   const Buffer<float> scores(rows), norm_a(rows), norm_b(rows), grad = random<float>(rows);
   const int index = static_cast<int>(dtype<T>());
-  const Pairwise p = {dim,   {a.get(), dim}, {b.get(), dim}, metric,
-                      1e-12f, scores.get(),  norm_a.get(),   norm_b.get()};
+  const Pairwise p = {dim, {a.get(), dim}, {b.get(), dim}, metric, 1e-12f, scores.get(), norm_a.get(), norm_b.get()};
   in_threads(rows, [&](int64_t begin, int64_t end) { kernels().pairwise[index](p, begin, end); });
   const PairwiseBackward q = {dim,          {a.get(), dim}, {b.get(), dim}, metric,       1e-12f,      grad.get(),
                               scores.get(), norm_a.get(),   norm_b.get(),   grad_a.get(), grad_b.get()};
@@ -93,7 +91,8 @@ template <class A, class B>
 void test_matrix(bool scaled) {
   const bool few = integer(0, 3) == 0;
   const int64_t rows = few ? integer(1, kFewRows) : integer(1, 110);
-  const int64_t columns = few ? integer(1, 300) : integer(1, 280), depth = integer(0, 3) == 0 ? integer(500, 530) : integer(0, 40);
+  const int64_t columns = few ? integer(1, 300) : integer(1, 280),
+                depth = integer(0, 3) == 0 ? integer(500, 530) : integer(0, 40);
   const RandomOperand<A> a(rows, depth);
   const RandomOperand<B> b(columns, depth);
   const Buffer<float> c(rows * columns), norm_a(rows), norm_b(columns);
