@@ -3,7 +3,7 @@
 if __name__ != "sentfast.kernels":
 
     def __getattr__(name: str) -> object:
-        """Says why Hugging Face's package of this name is hidden; dunder look-ups stay harmless, as transformers probes."""
+        """Says why Hugging Face's package of this name is hidden; dunder look-ups stay harmless."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise ImportError(

@@ -124,7 +124,7 @@ def pool_forward(
     prompt_length: int,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled rows, their norms before normalisation ([B], empty unless ``normalize``), argmax ([B, D], empty unless max).
+    """Pooled rows, norms before normalisation ([B], empty unless ``normalize``), argmax ([B, D], empty unless max).
 
     x: [B, L, D] with attention_mask [B, L] or None, or [T, D] with cu_seqlens [B + 1]. out: [B, len(modes) * D].
     """
@@ -245,7 +245,7 @@ def pairwise_similarity_forward(a: Tensor, b: Tensor, metric: int, eps: float) -
 def pairwise_similarity_backward(
     grad: Tensor, a: Tensor, b: Tensor, scores: Tensor, norm_a: Tensor, norm_b: Tensor, metric: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`pairwise_similarity_forward` to a and b, in their dtype. Euclidean at distance 0 has gradient 0."""
+    """Gradients of :func:`pairwise_similarity_forward` to a and b, in their dtype; 0 for a euclidean distance of 0."""
     acc = accumulation_dtype(a.dtype)
     dtype, a, b = a.dtype, a.to(acc), b.to(acc)
     grad = grad.to(acc).unsqueeze(-1)

@@ -49,8 +49,9 @@ def _environment_backend() -> str | None:
 
 
 _STRICT = os.environ.get("SENTFAST_STRICT") == "1"
-_forced: ContextVar[str | None] = ContextVar("sentfast_backend", default=_environment_backend())
-_forced_backend = _forced.get
+_ENVIRONMENT_BACKEND = _environment_backend()
+_forced: ContextVar[str | None] = ContextVar("sentfast_backend", default=_ENVIRONMENT_BACKEND)
+forced_backend = _forced.get  # the backend that must run in this context, or None
 
 ops: dict[str, Op] = {}
 
@@ -81,7 +82,7 @@ class Op:
         x = args[0]
         if is_compiling():  # the compiler sees one opaque operator; PyTorch picks the backend
             return self.overload(*args) if x.dtype in KERNEL_DTYPES else self.reference(*args)
-        if x.is_cpu and native.state.cpu is not None and x.dtype in KERNEL_DTYPES and _forced_backend() is None:
+        if x.is_cpu and native.state.cpu is not None and x.dtype in KERNEL_DTYPES and forced_backend() is None:
             self.calls["cpu"] += 1  # the common case, in the fewest steps
             return self.compiled_cpu(*args)
         backend, implementation = self.choose(x)
@@ -90,7 +91,7 @@ class Op:
 
     def choose(self, x: torch.Tensor) -> tuple[str, Callable]:
         """The backend for a call whose first tensor is x, and the function that runs it."""
-        forced = _forced_backend()
+        forced = forced_backend()
         if forced is not None:
             why = self.why_not(forced, x)
             if why:

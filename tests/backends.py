@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import sentfast
-import sentfast.functional  # noqa: F401  (defines the operators)
+import sentfast.functional
 from sentfast import native, registry
 
 

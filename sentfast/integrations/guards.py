@@ -76,7 +76,7 @@ def device(kind: str) -> str:
 
 def _forced() -> bool:
     """Whether the user has asked for a backend by name; then there is nothing to decide."""
-    return not torch.compiler.is_compiling() and registry._forced.get() is not None
+    return not torch.compiler.is_compiling() and registry.forced_backend() is not None
 
 
 def half_under_autocast(x: Tensor) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sentfast import functional
 from sentfast.integrations import guards
 from sentfast.integrations.versions import Version
-from sentfast.ops.pooling import _MAX_MODES as MAX_MODES
+from sentfast.ops.pooling import MAX_MODES
 from sentfast.reference import POOLING_MODES
 
 # In the order in which the versions with one bool per mode put the results side by side.

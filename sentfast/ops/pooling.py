@@ -15,7 +15,7 @@ from sentfast.reference import POOLING_MODES
 from sentfast.registry import define, result_of
 
 _MODE_NUMBERS = {name: number for number, name in enumerate(POOLING_MODES)}
-_MAX_MODES = 8
+MAX_MODES = 8
 _MASK_DTYPES = (torch.int64, torch.bool, torch.int32, torch.uint8, torch.int8, torch.int16)
 
 
@@ -78,8 +78,8 @@ def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
         numbers = [_MODE_NUMBERS[name] for name in names]
     except (KeyError, TypeError):
         raise ValueError(f"mode: expected one or several of {POOLING_MODES}, got {mode!r}") from None
-    if not 1 <= len(numbers) <= _MAX_MODES:
-        raise ValueError(f"mode: expected 1 to {_MAX_MODES} modes, got {len(numbers)}")
+    if not 1 <= len(numbers) <= MAX_MODES:
+        raise ValueError(f"mode: expected 1 to {MAX_MODES} modes, got {len(numbers)}")
     return numbers
 
 
@@ -144,7 +144,7 @@ def pool(
         ``lasttoken``, -inf for ``max``, and for ``cls`` its first position.
 
     Raises:
-        TypeError, ValueError: naming the argument. On a GPU the values of cu_seqlens are not read; bad ones are clamped.
+        TypeError, ValueError: naming the argument. On a GPU the values of cu_seqlens are not read but clamped.
 
     Gradients: to token_embeddings; ``max`` passes it to the first largest token. Not differentiable twice; torch.func
     transforms (vmap, jvp) are refused by PyTorch. Autocast does not change the result.
