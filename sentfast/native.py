@@ -69,6 +69,9 @@ def _load_cpu() -> None:
         try:
             state.cpu = importlib.import_module("sentfast._C")
         except ImportError as error:
+            # The library refuses a SENTFAST_CPU_ISA that it cannot obey: the user's mistake, not a broken library.
+            if str(error).startswith("cpu_isa: "):
+                raise ValueError(f"SENTFAST_CPU_ISA: {str(error).removeprefix('cpu_isa: ')}") from error
             state.cpu_problem = f"it did not load: {error}"
     if state.cpu_problem and build_info():
         logger.warning("the compiled library is not used, %s. Mend it with: %s", state.cpu_problem, MEND)

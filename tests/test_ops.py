@@ -190,7 +190,7 @@ def test_autocast_does_not_change_the_result(case: Case) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         result = case.run(call)
     assert result.dtype == expected.dtype
-    assert torch.equal(result, expected)
+    assert torch.equal(result.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
 
 
 @every_case

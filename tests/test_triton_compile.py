@@ -47,8 +47,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
     norm, none = torch.empty(BATCH), torch.empty(0)
     rows, wide = torch.empty(BATCH, COLUMNS, dtype=dtype), torch.empty(BATCH, 6 * COLUMNS, dtype=dtype)
     argmax = torch.empty(BATCH, COLUMNS, dtype=torch.int32)
-    yield "padded, six modes", "pool", (padded, mask, None, SIX_MODES, 0, False)
-    yield "packed, mean, normalize", "pool", (packed, None, cu_seqlens, [0], 0, True)
+    yield "padded, six modes", "pool_forward", (padded, mask, None, SIX_MODES, 0, False)
+    yield "packed, mean, normalize", "pool_forward", (packed, None, cu_seqlens, [0], 0, True)
     yield (
         "padded, six modes",
         "pool_backward",
@@ -59,17 +59,17 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
         "pool_backward",
         (rows, rows, norm, none.int(), None, cu_seqlens, [0], 0, 4096, True),
     )
-    yield "", "l2_normalize", (rows, EPS)
+    yield "", "l2_normalize_forward", (rows, EPS)
     yield "", "l2_normalize_backward", (rows.float(), rows, norm, EPS)
     for name, metric in (("cosine", COSINE), ("euclidean", EUCLIDEAN)):
-        yield name, "pairwise_similarity", (rows, rows, metric, EPS)
+        yield name, "pairwise_similarity_forward", (rows, rows, metric, EPS)
         yield name, "pairwise_similarity_backward", (norm, rows, rows, norm, norm, norm, metric, EPS)
     many = torch.empty(1024, COLUMNS, dtype=dtype)
     yield "", "dot_similarity", (many, many)
-    yield "", "cosine_similarity", (many, many, EPS)
+    yield "", "cosine_similarity_forward", (many, many, EPS)
     if dtype == torch.float32:
         yield "tf32", "dot_similarity", (many, many)
-        yield "tf32", "cosine_similarity", (many, many, EPS)
+        yield "tf32", "cosine_similarity_forward", (many, many, EPS)
     else:
         yield "float32 gradient", "dot_similarity", (torch.empty(1024, 1024), many.mT)
 

@@ -37,6 +37,11 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {x.device}")
 
 
+def values_readable(x: Tensor) -> bool:
+    """Whether x's values can be looked at here: on the CPU, outside compilation and torch.func transforms."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def needs_function(x: Tensor, y: Tensor | None = None) -> bool:
     """Whether a call must go through its autograd.Function: for a gradient, or for PyTorch to refuse a transform."""
     if torch._C._are_functorch_transforms_active():

@@ -102,7 +102,7 @@ def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> None:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {checks.describe(cu_seqlens)}")
     checks.same_device("cu_seqlens", cu_seqlens, "token_embeddings", x)
     # On another device the values cannot be read without waiting for it; the kernels there clamp to the tensor.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks.values_readable(cu_seqlens):
         ends = cu_seqlens.numpy()
         if ends[0] != 0 or ends[-1] != x.shape[0] or (ends[1:] < ends[:-1]).any():
             raise ValueError(

@@ -1,0 +1,55 @@
+"""Calls every operator forward and backward on small inputs, for compute-sanitizer to watch.
+
+compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py [--backend cuda triton] [--every N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from cases import CASES, DTYPES
+
+import sentfast
+from sentfast.registry import BACKENDS, use_backend
+
+
+def call_every_operator(backend: str, device: str, every: int) -> set[str]:
+    """Every `every`-th call of each case, in each dtype; the operators that ran."""
+    sentfast.report(reset=True)
+    with use_backend(backend):
+        for case in CASES:
+            for dtype in DTYPES:
+                for call in list(case.calls(dtype, device, False))[::every]:
+                    for x in call.tensors:
+                        x.requires_grad_()
+                    case.run(call).sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {operator for operator, _ in sentfast.report().calls}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["cuda", "triton"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--every", type=int, default=1, help="one call in so many")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    wanted = {operator for case in CASES for operator in case.operators}
+    for backend in options.backend:
+        ran = call_every_operator(backend, options.device, options.every)
+        if wanted - ran:
+            print(f"{backend}: {sorted(wanted - ran)} did not run", file=sys.stderr)
+            return 1
+        print(f"{backend}: {len(ran)} operators ran", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""A pure install, a library that does not fit, and the environment variables, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from sentfast import functional, native
+
+ROOT = Path(__file__).resolve().parent.parent
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+FITTING = {
+    "torch": torch.__version__,
+    "torch_target": [2, 10],
+    "python": platform.python_version(),
+    "ext_suffix": SUFFIX,
+    "cuda": False,
+}
+
+# Prints what happened as one line of JSON: results against the definition, warnings, files touched, the doctor.
+USE_EVERYTHING = """
+import json, logging, sys
+touched, records = set(), []
+def watch(event, args):
+    if event in ("import", "open") and any("sentfast/_C." in str(a) for a in args):
+        touched.add(event)
+sys.addaudithook(watch)
+class Keep(logging.Handler):
+    def emit(self, record):
+        records.append((record.levelname, record.getMessage()))
+logging.getLogger("sentfast").addHandler(Keep())
+import sentfast
+assert "torch" not in sys.modules
+import sentfast.functional as F
+import torch
+import sentfast.kernels
+from sentfast import reference as R
+x, a, b = torch.randn(3, 7, 20), torch.randn(5, 20), torch.randn(5, 20)
+mask = (torch.rand(3, 7) < 0.6).long()
+eps = R.NORMALIZE_EPS
+pairs = {
+    "pool": (F.pool(x, mask, mode="max"), R.pool_forward(x, mask, None, [R.MAX], 0, False)[0]),
+    "l2_normalize": (F.l2_normalize(a), R.l2_normalize_forward(a, eps)[0]),
+    "cosine_similarity": (F.cosine_similarity(a, b), R.cosine_similarity_forward(a, b, eps)[0]),
+    "dot_similarity": (F.dot_similarity(a, b), R.dot_similarity(a, b)),
+    "pairwise_similarity": (
+        F.pairwise_similarity(a, b, "euclidean"), R.pairwise_similarity_forward(a, b, R.EUCLIDEAN, eps)[0]
+    ),
+    "pairwise_cosine_similarity": (
+        F.pairwise_cosine_similarity(a, b), R.pairwise_similarity_forward(a, b, R.COSINE, eps)[0]
+    ),
+}
+print(json.dumps({
+    "equal": {name: torch.equal(*pair) for name, pair in pairs.items()},
+    "ran": sorted({backend for _, backend in sentfast.report().calls}),
+    "enabled": sentfast.is_enabled(),
+    "warnings": [text for level, text in records if level == "WARNING"],
+    "touched": sorted(touched),
+    "files": [sentfast.__file__, sentfast.kernels.__file__],
+    "doctor": sentfast.doctor().to_dict() if "doctor" in sys.argv else None,
+}))
+"""
+
+needs_library = pytest.mark.skipif(not native.cpu_loaded(), reason="the CPU library is not compiled")
+
+
+def run(code: str, cwd: Path, *arguments: str, site: Path | None = None, **variables: str) -> tuple[int, str, str]:
+    """Runs a program in a fresh process without this one's SENTFAST_* settings; `site` is first on its path."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SENTFAST_")}
+    if site is not None:
+        environment["PYTHONPATH"] = str(site)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**environment, **variables},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def use_everything(site: Path, *arguments: str, **variables: str) -> dict:
+    code, out, err = run(USE_EVERYTHING, site, *arguments, site=site, **variables)
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert all(Path(file).is_relative_to(site) for file in found["files"]), found["files"]
+    assert set(found["equal"]) == set(functional.__all__)
+    assert all(found["equal"].values()), found["equal"]
+    assert found["ran"] == ["reference"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def pure_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Installed with SENTFAST_NO_EXT=1 from a copy of the sources in which an old build has left its libraries."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("pure")
+    for name in ("sentfast", "kernels"):
+        ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    plant(source, FITTING)
+    offline = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *offline, "--target", str(target), str(source)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SENTFAST_NO_EXT": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def plant(site: Path, info: dict) -> None:
+    """A library that cannot be loaded, and the note about it."""
+    (site / "sentfast" / f"_C{SUFFIX}").write_bytes(b"not a library")
+    (site / "sentfast" / "_build.json").write_text(json.dumps(info))
+
+
+@pytest.fixture
+def planted(pure_install: Path, tmp_path: Path) -> Path:
+    site = tmp_path / "site"
+    shutil.copytree(pure_install, site)
+    return site
+
+
+def test_pure_install(pure_install: Path) -> None:
+    names = {path.name for path in pure_install.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"sentfast"}
+    kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
+    assert {path.name for path in (pure_install / "sentfast" / "kernels").glob("*.py")} == kernels
+    assert (pure_install / "sentfast" / "py.typed").exists()
+    assert not list(pure_install.rglob("*.so")) and not list(pure_install.rglob("_build.json"))
+    found = use_everything(pure_install, "doctor")
+    assert found["warnings"] == []
+    diagnosis = found["doctor"]
+    assert diagnosis["healthy"], diagnosis["broken"]
+    assert any("without compiled libraries" in line and native.MEND in line for line in diagnosis["missing"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"torch_target": [99, 0]}, ("PyTorch 99.0", torch.__version__)),
+        ({"ext_suffix": ".cpython-399-none.so", "python": "3.99.1"}, ("Python 3.99.1", platform.python_version())),
+    ],
+    ids=["other-torch", "other-python"],
+)
+def test_library_that_does_not_fit_is_not_opened(planted: Path, change: dict, named: tuple[str, ...]) -> None:
+    plant(planted, {**FITTING, **change})
+    found = use_everything(planted)
+    (warning,) = found["warnings"]
+    assert all(text in warning for text in (*named, native.MEND)), warning
+    assert "did not load" not in warning and found["touched"] == []
+
+
+@pytest.mark.parametrize("disable", ["0", "1"])
+def test_library_that_does_not_load(planted: Path, disable: str) -> None:
+    plant(planted, FITTING)
+    found = use_everything(planted, SENTFAST_DISABLE=disable)
+    (warning,) = found["warnings"]
+    assert "did not load" in warning and native.MEND in warning
+    assert "import" in found["touched"]  # it was tried: the audit above sees a library that is opened
+    assert found["enabled"] == (disable == "0")
+
+
+def unusable_isas() -> list[str]:
+    """A name that does not exist, and the instruction sets that exist but not on this CPU."""
+    known = runpy.run_path(str(ROOT / "setup.py"), run_name="names")["TIERS"]
+    return ["bogus", *(name for name in known if name not in native.supported_cpu_isas())]
+
+
+@needs_library
+@pytest.mark.parametrize("name", unusable_isas())
+def test_unusable_isa_is_an_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"cpu_isa: .*{name}"):
+        native.cpu_isa(name)
+    code, _, err = run("import sentfast.functional", tmp_path, SENTFAST_CPU_ISA=name)
+    message = err.splitlines()[-1]
+    assert code == 1 and message.startswith("ValueError: SENTFAST_CPU_ISA: ") and name in message, err
+
+
+@needs_library
+@pytest.mark.parametrize("name", native.supported_cpu_isas()[-2:])
+def test_isa_is_selected_at_start(name: str, tmp_path: Path) -> None:
+    code, out, err = run("import sentfast; print(sentfast.cpu_isa())", tmp_path, SENTFAST_CPU_ISA=name)
+    assert (code, out.strip()) == (0, name), err
+
+
+def test_unknown_backend_is_an_error(tmp_path: Path) -> None:
+    code, _, err = run("import sentfast.functional", tmp_path, SENTFAST_BACKEND="bogus")
+    message = err.splitlines()[-1]
+    assert code == 1 and message.startswith("ValueError: SENTFAST_BACKEND: ") and "'bogus'" in message, err
+
+
+def test_strict_refuses_the_reference(tmp_path: Path) -> None:
+    code, _, err = run(
+        "import sentfast, torch; sentfast.functional.l2_normalize(torch.ones(2, 2, dtype=torch.float64))",
+        tmp_path,
+        SENTFAST_STRICT="1",
+    )
+    message = err.splitlines()[-1]
+    assert code == 1 and "BackendError: " in message and "SENTFAST_STRICT=1" in message and "float64" in message, err
