@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The second generation of sentence-transformers under test: only what differs, laid over the main environment.
 ST5 := sentence-transformers==5.1.2 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+ST5_NEEDS := requests==2.32.5 pillow==12.0.0
 CUDA ?= 0
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -p no:cacheprovider
@@ -19,6 +20,7 @@ setup: .venv/ready  ## make .venv: pinned dependencies and the compiled librarie
 	$(BIN)/pip install -q setuptools==84.2.1 wheel==0.47.0 ninja==1.13.2 pybind11==3.1.0
 	SENTFAST_CUDA=$(CUDA) $(BIN)/pip install -q --no-build-isolation -e '.[dev]'
 	$(BIN)/pip install -q --no-deps --target .venv/st5 --upgrade $(ST5)
+	$(BIN)/pip install -q --target .venv/st5 --upgrade $(ST5_NEEDS)
 	touch $@
 
 build: .venv/ready  ## compile csrc/ again after a change
@@ -28,9 +30,9 @@ demo: build  ## stock against accelerated on a real model
 	$(BIN)/python examples/demo.py
 
 test: build  ## every test: both generations of sentence-transformers, every CPU tier, Triton interpreted
-	$(PYTEST) -n 2
+	SENTFAST_TEST_ST=6.2 $(PYTEST) -n 2
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py tests/test_edges.py
-	PYTHONPATH=.venv/st5 $(PYTEST) -n 2 tests/test_drop_in.py tests/test_switch.py
+	SENTFAST_TEST_ST=5.1 PYTHONPATH=.venv/st5 $(PYTEST) -n 2 tests/test_drop_in.py tests/test_switch.py
 
 lint: .venv/ready  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

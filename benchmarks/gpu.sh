@@ -42,11 +42,11 @@ step() {
     result="skipped: compute-sanitizer does not support this device"
   fi
   [[ $result == FAILED* ]] && failed=1
-  table+=("$(printf '%-20s %5d s  %s' "$name" $((SECONDS - start)) "$result")")
+  table+=("$(printf '%-24s %5d s  %s' "$name" $((SECONDS - start)) "$result")")
 }
 
 skip() {
-  table+=("$(printf '%-20s %5d s  skipped: %s' "$1" 0 "$2")")
+  table+=("$(printf '%-24s %5d s  skipped: %s' "$1" 0 "$2")")
 }
 
 has() {
@@ -129,7 +129,8 @@ else
     step "bench-$row" 150 "$python" benchmarks/bench.py --device cuda --output "$results" --only "$row"
   done
   for row in similarity pooling; do
-    step "bench-triton-$row" 100 \
+    # The variable too, for the processes of their own in which memory is measured.
+    step "bench-triton-$row" 100 env SENTFAST_BACKEND=triton \
       "$python" benchmarks/bench.py --device cuda --backend triton --output "$triton" --only "$row"
   done
 fi

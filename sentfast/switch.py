@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TARGET = "sentence_transformers"
 ENVIRONMENT = ("SENTFAST_BACKEND", "SENTFAST_CPU_ISA", "SENTFAST_DISABLE", "SENTFAST_STRICT")
+# Read by setup.py and by the tests; here they mean nothing.
+OTHERS = ("SENTFAST_CUDA", "SENTFAST_CUDA_ARCHS", "SENTFAST_NO_EXT", "SENTFAST_TEST_", "SENTFAST_GPU_DRY_RUN")
 
 
 class Site:
@@ -195,7 +197,7 @@ _finder = _Finder()
 def _check_environment() -> None:
     """Warns of names that look like ours and mean nothing, so that a typing error is seen."""
     for name in sorted(os.environ):
-        if name.startswith("SENTFAST_") and name not in ENVIRONMENT:
+        if name.startswith("SENTFAST_") and name not in ENVIRONMENT and not name.startswith(OTHERS):
             difflib = importlib.import_module("difflib")
             near = difflib.get_close_matches(name, ENVIRONMENT, 1, 0)
             known = ", ".join(ENVIRONMENT)

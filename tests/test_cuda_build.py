@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: run on the CPU under sanitizers, and compiled for every architecture by nvcc.
 
-Environment: ``SENTFAST_TEST_ARCHS`` (default "80 90a") lists the architectures; ``SENTFAST_RECORD=1`` writes what
+Environment: ``SENTFAST_TEST_ARCHS`` (default "80 90a") lists the architectures; ``SENTFAST_TEST_RECORD=1`` writes what
 ptxas reports for them into ``benchmarks/results/cuda_resources.json`` instead of comparing it.
 """
 
@@ -27,7 +27,7 @@ SOURCES = ("pooling", "similarity")
 REGISTER_TOLERANCE = 8
 SHARED_TOLERANCE = 256
 
-RENEW = f'SENTFAST_RECORD=1 SENTFAST_TEST_ARCHS="{ALL_ARCHITECTURES}" python -m pytest tests/test_cuda_build.py'
+RENEW = f'SENTFAST_TEST_RECORD=1 SENTFAST_TEST_ARCHS="{ALL_ARCHITECTURES}" python -m pytest tests/test_cuda_build.py'
 
 needs_gcc = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("make") is None, reason="g++ or make is not installed"
@@ -134,7 +134,7 @@ def test_resources(architecture: str, tmp_path: Path) -> None:
         assert kernels
         wasteful = {name: used for name, used in kernels.items() if used["spilled"] or used["stack"]}
         assert not wasteful, f"kernels that spill registers on sm_{architecture}: {wasteful}"
-    if os.environ.get("SENTFAST_RECORD") == "1":
+    if os.environ.get("SENTFAST_TEST_RECORD") == "1":
         write_record(architecture, resources)
         return
     record = json.loads(RECORD.read_text())

@@ -11,20 +11,15 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
+import sentence_transformers as st
+import tokenizers
 import torch
+import transformers
+from sentence_transformers import SentenceTransformer, losses, models, util
+from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
 
 import sentfast
 from sentfast import native, registry
-
-st = pytest.importorskip("sentence_transformers")
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
-
-from sentence_transformers import SentenceTransformer, losses, models, util  # noqa: E402
-from sentence_transformers.evaluation import (  # noqa: E402
-    EmbeddingSimilarityEvaluator,
-    InformationRetrievalEvaluator,
-)
 
 VERSION = tuple(int(part) for part in st.__version__.split(".")[:2])
 NEW = VERSION >= (6, 2)
@@ -40,6 +35,10 @@ WORDS = [f"w{i}" for i in range(60)] + ["query", "passage", ":"]
 MODES = ["mean", "max", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 TEXTS = [" ".join(WORDS[(7 * i + 3 * j) % 60] for j in range(1 + (5 * i) % 13)) for i in range(12)]
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def test_the_version_under_test_is_the_one_asked_for() -> None:
+    assert st.__version__.startswith(os.environ.get("SENTFAST_TEST_ST", ""))
 
 
 @pytest.fixture(autouse=True)

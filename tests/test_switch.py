@@ -13,14 +13,11 @@ import tempfile
 import threading
 
 import pytest
+from sentence_transformers import models, util
+from sentence_transformers.util import cos_sim
 
 import sentfast
 from sentfast import switch
-
-pytest.importorskip("sentence_transformers")
-
-from sentence_transformers import models, util
-from sentence_transformers.util import cos_sim
 
 FUNCTIONS = (
     "cos_sim",

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel, as its launcher would, for real GPUs on a machine without one.
 
 The compiled binaries must not spill registers and must fit the shared memory of their GPU. What they use is compared
-with benchmarks/results/triton_resources.json; SENTFAST_RECORD=1 writes that file anew.
+with benchmarks/results/triton_resources.json; SENTFAST_TEST_RECORD=1 writes that file anew.
 """
 
 from __future__ import annotations
@@ -160,7 +160,6 @@ def compile_all() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
@@ -183,11 +182,11 @@ def test_shared_memory_fits(compiled: dict[str, Any]) -> None:
 
 
 def test_resources_are_those_on_record(compiled: dict[str, Any]) -> None:
-    if os.environ.get("SENTFAST_RECORD") == "1":
+    if os.environ.get("SENTFAST_TEST_RECORD") == "1":
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         kept = {"triton": compiled["triton"], "resources": compiled["resources"]}
         RECORD.write_text(json.dumps(kept, indent=1) + "\n")
-    renew = f"renew {RECORD.name} with: SENTFAST_RECORD=1 python -m pytest {Path(__file__).name}"
+    renew = f"renew {RECORD.name} with: SENTFAST_TEST_RECORD=1 python -m pytest {Path(__file__).name}"
     assert RECORD.exists(), renew
     recorded = json.loads(RECORD.read_text())
     assert recorded["resources"].keys() == compiled["resources"].keys(), renew
