@@ -84,6 +84,13 @@ struct Summary {
   }
 };
 
+inline Summary summarize(const Sequence& s) {
+  Summary summary;
+  for (int64_t begin = 0, end = 0; s.next_span(begin, end);) summary.add(s, begin, end);
+  summary.finish(s);
+  return summary;
+}
+
 // N rows at a time. The rows of a group lie far apart, see `pool_span`.
 template <int N, class T>
 void add_rows(float* sum, const T* const (&x)[N], int64_t dim) {
@@ -268,9 +275,31 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
   }
 }
 
+// Asks for the rows that `cls` and `lasttoken` take: each is far from the last and alone, so nothing else fetches
+// ahead.
+template <class T>
+void prefetch_picks(const Pool& p, int64_t index) {
+  const Sequence s(p.layout, index);
+  const Summary summary = summarize(s);
+  const T* x = static_cast<const T*>(p.x) + index * p.stride_batch + s.origin * p.stride_token;
+  for (int64_t m = 0; m < p.mode_count; ++m) {
+    const int64_t token = p.modes[m] == kCls ? summary.first : summary.last;
+    for (int64_t d = 0; token >= 0 && d < p.layout.dim; d += static_cast<int64_t>(64 / sizeof(T))) {
+      prefetch(x + token * p.stride_token + d);
+    }
+  }
+}
+
 template <class T>
 void pool(const Pool& p, int64_t begin, int64_t end, float* scratch) {
-  for (int64_t i = begin; i < end; ++i) pool_one<T>(p, i, scratch);
+  bool picks = true;
+  for (int64_t m = 0; m < p.mode_count; ++m) picks &= p.modes[m] == kCls || p.modes[m] == kLastToken;
+  constexpr int64_t group = 8;
+  for (int64_t i = begin; i < end; i += group) {
+    const int64_t stop = i + group < end ? i + group : end;
+    for (int64_t j = i; picks && j < stop; ++j) prefetch_picks<T>(p, j);
+    for (int64_t j = i; j < stop; ++j) pool_one<T>(p, j, scratch);
+  }
 }
 
 // grad_pooled: the gradient of the rows before normalisation, float32 [mode_count, round_up(dim)].
@@ -332,9 +361,7 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
   float* grad_pooled = scratch + 3 * padded;
   unnormalized_gradient<T>(p, index, grad_pooled);
 
-  Summary summary;
-  for (int64_t begin = 0, end = 0; s.next_span(begin, end);) summary.add(s, begin, end);
-  summary.finish(s);
+  const Summary summary = summarize(s);
 
   TokenGradient<T> token_gradient;
   const auto accumulate = [&](const float** slot, float* row, const float* part, float denominator) {
