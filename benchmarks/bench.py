@@ -208,6 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = select(options.only)
     if os.getloadavg()[0] > BUSY:
         print(f"load average {os.getloadavg()[0]:.1f}: other work on this machine spoils the figures", file=sys.stderr)
+    if not options.quick:
+        machine.touch_memory()
     switch(False)
     found = limits.measure(device, options.threads, quick=options.quick)
     rows: dict[str, Any] = {}

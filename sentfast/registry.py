@@ -53,6 +53,8 @@ _ENVIRONMENT_BACKEND = _environment_backend()
 _forced: ContextVar[str | None] = ContextVar("sentfast_backend", default=_ENVIRONMENT_BACKEND)
 forced_backend = _forced.get  # the backend that must run in this context, or None
 
+_STATE = native.state
+
 ops: dict[str, Op] = {}
 
 
@@ -82,7 +84,7 @@ class Op:
         x = args[0]
         if is_compiling():  # the compiler sees one opaque operator; PyTorch picks the backend
             return self.overload(*args) if x.dtype in KERNEL_DTYPES else self.reference(*args)
-        if x.is_cpu and native.state.cpu is not None and x.dtype in KERNEL_DTYPES and forced_backend() is None:
+        if x.is_cpu and x.dtype in KERNEL_DTYPES and forced_backend() is None and _STATE.cpu is not None:
             self.calls["cpu"] += 1  # the common case, in the fewest steps
             return self.compiled_cpu(*args)
         backend, implementation = self.choose(x)
@@ -99,7 +101,7 @@ class Op:
             return forced, self.implementation(forced)
         device = x.device.type
         if x.dtype in KERNEL_DTYPES:
-            if device == "cpu" and native.state.cpu is not None:
+            if device == "cpu" and _STATE.cpu is not None:
                 return "cpu", self.overload
             if device == "cuda":
                 for backend in ("triton", "cuda") if x.dtype in self.prefer_triton else ("cuda", "triton"):

@@ -71,15 +71,17 @@ int64_t cost(const Layout& layout, const std::vector<int64_t>& modes) {
 }
 
 // Pools x into a new tensor; norm and argmax are made too where they are given and the modes have them.
-Tensor pool_into(Tensor x, const std::optional<Tensor>& attention_mask, std::optional<Tensor> cu_seqlens,
-                 const std::vector<int64_t>& modes, int64_t prompt_length, bool normalize, Tensor* norm,
-                 Tensor* argmax) {
-  const int dtype = dtype_index(x, "token_embeddings");
-  const bool packed = cu_seqlens.has_value();
-  STD_TORCH_CHECK(x.dim() == (packed ? 2 : 3), "token_embeddings: expected [B, L, D], or [T, D] with cu_seqlens");
+Tensor pool_into(const Tensor& token_embeddings, const std::optional<Tensor>& attention_mask,
+                 const std::optional<Tensor>& lengths, const std::vector<int64_t>& modes, int64_t prompt_length,
+                 bool normalize, Tensor* norm, Tensor* argmax) {
+  const int dtype = dtype_index(token_embeddings, "token_embeddings");
+  const bool packed = lengths.has_value();
   const int64_t token = packed ? 0 : 1;
-  if (x.size(token + 1) > 1 && x.stride(token + 1) != 1) x = torch::stable::contiguous(x);
-  cu_seqlens = dense(cu_seqlens);
+  STD_TORCH_CHECK(token_embeddings.dim() == token + 2,
+                  "token_embeddings: expected [B, L, D], or [T, D] with cu_seqlens");
+  const bool dense_rows = token_embeddings.size(token + 1) <= 1 || token_embeddings.stride(token + 1) == 1;
+  const Tensor x = dense_rows ? token_embeddings : torch::stable::contiguous(token_embeddings);
+  const std::optional<Tensor> cu_seqlens = dense(lengths);
 
   Pool p = {};
   set_modes(modes, p.modes, &p.mode_count);
@@ -116,25 +118,26 @@ Tensor pool_into(Tensor x, const std::optional<Tensor>& attention_mask, std::opt
   return out;
 }
 
-Tensor pool(Tensor x, std::optional<Tensor> attention_mask, std::optional<Tensor> cu_seqlens,
-            std::vector<int64_t> modes, int64_t prompt_length, bool normalize) {
+Tensor pool(const Tensor& x, const std::optional<Tensor>& attention_mask, const std::optional<Tensor>& cu_seqlens,
+            const std::vector<int64_t>& modes, int64_t prompt_length, bool normalize) {
   return pool_into(x, attention_mask, cu_seqlens, modes, prompt_length, normalize, nullptr, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pool_forward(Tensor x, std::optional<Tensor> attention_mask,
-                                                std::optional<Tensor> cu_seqlens, std::vector<int64_t> modes,
-                                                int64_t prompt_length, bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& x, const std::optional<Tensor>& attention_mask,
+                                                const std::optional<Tensor>& cu_seqlens,
+                                                const std::vector<int64_t>& modes, int64_t prompt_length,
+                                                bool normalize) {
   Tensor norm, argmax;
   Tensor out = pool_into(x, attention_mask, cu_seqlens, modes, prompt_length, normalize, &norm, &argmax);
   return {out, norm, argmax};
 }
 
-Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, std::optional<Tensor> attention_mask,
-                     std::optional<Tensor> cu_seqlens, std::vector<int64_t> modes, int64_t prompt_length,
+Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, const std::optional<Tensor>& attention_mask,
+                     const std::optional<Tensor>& lengths, const std::vector<int64_t>& modes, int64_t prompt_length,
                      int64_t length, bool normalize) {
   const int dtype = dtype_index(grad, "grad");
-  const bool packed = cu_seqlens.has_value();
-  cu_seqlens = dense(cu_seqlens);
+  const bool packed = lengths.has_value();
+  const std::optional<Tensor> cu_seqlens = dense(lengths);
 
   PoolBackward p = {};
   set_modes(modes, p.modes, &p.mode_count);

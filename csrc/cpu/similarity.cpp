@@ -41,18 +41,18 @@ Tensor normalize_into(const Tensor& x, double eps, float* norm) {
   return y;
 }
 
-Tensor l2_normalize(Tensor x, double eps) {
+Tensor l2_normalize(const Tensor& x, double eps) {
   check_rank(x, 1, "x");
   return normalize_into(x, eps, nullptr);
 }
 
-std::tuple<Tensor, Tensor> l2_normalize_forward(Tensor x, double eps) {
+std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
   check_rank(x, 1, "x");
   Tensor norm = new_tensor(leading(x), ScalarType::Float);
   return {normalize_into(x, eps, static_cast<float*>(norm.mutable_data_ptr())), norm};
 }
 
-Tensor l2_normalize_backward(Tensor grad, Tensor x, Tensor norm, double eps) {
+Tensor l2_normalize_backward(const Tensor& grad, const Tensor& x, Tensor norm, double eps) {
   check_rank(x, 1, "x");
   check_same(x, grad, "grad");
   const int dtype = dtype_index(x, "x");
@@ -146,7 +146,7 @@ Tensor matrix(const Tensor& a, const Tensor& b, const float* norm_a, const float
   return scores;
 }
 
-Tensor dot_similarity(Tensor a, Tensor b) { return matrix(a, b, nullptr, nullptr, 0.0f); }
+Tensor dot_similarity(const Tensor& a, const Tensor& b) { return matrix(a, b, nullptr, nullptr, 0.0f); }
 
 Tensor cosine_into(const Tensor& a, const Tensor& b, double eps, float* norm_a, float* norm_b) {
   write_norms(a, norm_a);
@@ -160,7 +160,7 @@ int64_t row_count(const Tensor& x) {
   return rows;
 }
 
-Tensor cosine_similarity(Tensor a, Tensor b, double eps) {
+Tensor cosine_similarity(const Tensor& a, const Tensor& b, double eps) {
   check_rank(a, 2, "a");
   check_rank(b, 2, "b");
   const int64_t rows_a = row_count(a), rows_b = row_count(b);
@@ -168,7 +168,7 @@ Tensor cosine_similarity(Tensor a, Tensor b, double eps) {
   return cosine_into(a, b, eps, norms.get(), norms.get() + rows_a);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cosine_similarity_forward(Tensor a, Tensor b, double eps) {
+std::tuple<Tensor, Tensor, Tensor> cosine_similarity_forward(const Tensor& a, const Tensor& b, double eps) {
   check_rank(a, 2, "a");
   check_rank(b, 2, "b");
   Tensor norm_a = new_tensor(leading(a), ScalarType::Float), norm_b = new_tensor(leading(b), ScalarType::Float);
@@ -206,12 +206,13 @@ Tensor pairwise_into(const Tensor& a, const Tensor& b, int64_t metric, double ep
   return scores;
 }
 
-Tensor pairwise_similarity(Tensor a, Tensor b, int64_t metric, double eps) {
+Tensor pairwise_similarity(const Tensor& a, const Tensor& b, int64_t metric, double eps) {
   check_pair(a, b);
   return pairwise_into(a, b, metric, eps, nullptr, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pairwise_similarity_forward(Tensor a, Tensor b, int64_t metric, double eps) {
+std::tuple<Tensor, Tensor, Tensor> pairwise_similarity_forward(const Tensor& a, const Tensor& b, int64_t metric,
+                                                               double eps) {
   check_pair(a, b);
   const std::vector<int64_t> sizes = metric_of(metric) == kCosine ? leading(a) : std::vector<int64_t>{0};
   Tensor norm_a = new_tensor(sizes, ScalarType::Float), norm_b = new_tensor(sizes, ScalarType::Float);
@@ -220,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_similarity_forward(Tensor a, Tensor 
   return {scores, norm_a, norm_b};
 }
 
-std::tuple<Tensor, Tensor> pairwise_similarity_backward(Tensor grad, Tensor a, Tensor b, Tensor scores, Tensor norm_a,
-                                                        Tensor norm_b, int64_t metric, double eps) {
+std::tuple<Tensor, Tensor> pairwise_similarity_backward(Tensor grad, const Tensor& a, const Tensor& b, Tensor scores,
+                                                        Tensor norm_a, Tensor norm_b, int64_t metric, double eps) {
   check_pair(a, b);
   const int dtype = dtype_index(a, "a");
   const RowView a_view(a), b_view(b);

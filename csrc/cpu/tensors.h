@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -47,21 +48,29 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 }
 
 // A new contiguous CPU tensor, not initialised.
-inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  int64_t numel = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
+inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype) {
+  constexpr int64_t most = 64;  // PyTorch's own limit
+  STD_TORCH_CHECK(dims <= most, "expected at most ", most, " dimensions, got ", dims);
+  int64_t strides[most], numel = 1;
+  for (int64_t i = dims; i-- > 0;) {
     strides[i] = numel;
     numel *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), static_cast<int32_t>(dtype),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
-  const int64_t bytes = numel * static_cast<int64_t>(result.element_size());
+  const int64_t bytes = numel * (dtype == ScalarType::Float || dtype == ScalarType::Int ? 4 : 2);
   if (bytes >= kLargeBytes) advise_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
+}
+
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return new_tensor(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& x) {

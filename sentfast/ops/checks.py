@@ -33,7 +33,7 @@ def floats(name: str, x: object, ndim: str, ranks: tuple[int, ...] | None = None
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if not (x.is_cpu and other.is_cpu) and x.device != other.device:
+    if x.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {x.device}")
 
 

@@ -50,14 +50,15 @@ _pool_backward = define(
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, attention_mask, cu_seqlens, modes, prompt_length, normalize):
+    def forward(ctx: Any, x, attention_mask, cu_seqlens, options):
+        modes, _, normalize = options
         if normalize or reference.MAX in modes:
-            out, norm, argmax = _pool_forward(x, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+            out, norm, argmax = _pool_forward(x, attention_mask, cu_seqlens, *options)
             ctx.save_for_backward(out if normalize else None, norm, argmax, attention_mask, cu_seqlens)
         else:
-            out = _pool(x, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+            out = _pool(x, attention_mask, cu_seqlens, *options)
             ctx.save_for_backward(None, None, None, attention_mask, cu_seqlens)
-        ctx.arguments = modes, prompt_length, x.shape[-2], normalize
+        ctx.length, ctx.options = x.shape[-2], options
         return out
 
     @staticmethod
@@ -66,8 +67,9 @@ class _Pool(torch.autograd.Function):
         *state, attention_mask, cu_seqlens = ctx.saved_tensors
         # What these modes do not need is not read; any tensor stands in for it.
         state = [grad if x is None else x for x in state]
-        grad_x = _pool_backward(grad, *state, attention_mask, cu_seqlens, *ctx.arguments)
-        return grad_x, None, None, None, None, None
+        modes, prompt_length, normalize = ctx.options
+        grad_x = _pool_backward(grad, *state, attention_mask, cu_seqlens, modes, prompt_length, ctx.length, normalize)
+        return grad_x, None, None, None
 
 
 def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
@@ -88,9 +90,11 @@ def _check_mask(mask: object, x: Tensor) -> None:
         raise TypeError(f"attention_mask: expected a tensor or None, got {checks.describe(mask)}")
     if mask.dtype not in _MASK_DTYPES:
         raise TypeError(f"attention_mask: expected a bool or integer tensor, got {checks.describe(mask)}")
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"attention_mask: expected shape {list(x.shape[:2])}, got {checks.describe(mask)}")
-    checks.same_device("attention_mask", mask, "token_embeddings", x)
+    batch, length, _ = x.shape
+    if mask.shape != (batch, length):
+        raise ValueError(f"attention_mask: expected shape {[batch, length]}, got {checks.describe(mask)}")
+    if not (mask.is_cpu and x.is_cpu):
+        checks.same_device("attention_mask", mask, "token_embeddings", x)
 
 
 def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> None:
@@ -163,7 +167,7 @@ def pool(
             _check_mask(attention_mask, token_embeddings)
     if prompt_length < 0:
         raise ValueError(f"prompt_length: expected 0 or more, got {prompt_length}")
-    arguments = (token_embeddings, attention_mask, cu_seqlens, _mode_numbers(mode), prompt_length, normalize)
+    modes = _mode_numbers(mode)
     if checks.needs_function(token_embeddings):
-        return _Pool.apply(*arguments)
-    return _pool(*arguments)
+        return _Pool.apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, normalize))
+    return _pool(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length, normalize)
