@@ -38,8 +38,8 @@ def commit() -> dict[str, Any]:
 def touch_memory(share: float = 0.8) -> None:
     """Uses that share of the free memory once, then gives it back.
 
-    A hypervisor may hand memory to its guest at the first use of each page, which then costs some hundred times what the
-    page costs later and would land on whichever variant meets it.
+    A hypervisor may hand memory to its guest at the first use of each page, which then costs some hundred times what
+    it costs later and would land on whichever variant meets it.
     """
     free = re.search(r"^MemFree:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     if free is None or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -114,7 +114,7 @@ def _pooling_rows() -> list[Workload]:
                 variants=lambda mode=mode: _pool_variants(mode),
                 exact=in_slices(_exact_pool(mode), "x", "mask"),
                 work=_pool_work(mode, step=False),
-                targets={**speedup, "limit": 0.8},
+                targets={**speedup, "read": 0.8},
             )
         )
         rows.append(

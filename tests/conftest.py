@@ -12,6 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside the tests; nothing else of the checkout
 
+os.environ["SENTFAST_TEST_FILL"] = "1"  # the compiled kernels' new tensors hold NaN
+
 SEED = int(os.environ.get("SENTFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
 
 
@@ -31,7 +33,7 @@ def hash_name(name: str) -> int:
 
 @pytest.fixture(autouse=True)
 def fill_new_tensors():
-    """New tensors hold NaN, so an element that a kernel forgot is seen."""
+    """PyTorch's new tensors hold NaN too, so an element that a kernel forgot is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -113,10 +113,20 @@ void add_weighted_rows(float* sum, const T* const (&x)[N], const float (&weight)
 template <int N, class T>
 void max_rows(float* best, const T* const (&x)[N], int64_t dim) {
   each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-    Vec top = Vec::load(best + d);
+    const Vec old = Vec::load(best + d);
+    Vec top = old;
+    auto nan = Vec::unordered(old, old);
     for (int q = 0; q < N; ++q) {
       const Vec value = load(x[q] + d, k);
-      top = Vec::select(Vec::above(value, top), value, top);
+      nan = Vec::either(nan, Vec::unordered(value, value));
+      top = Vec::max(value, top);
+    }
+    if (Vec::any(nan)) {  // the maximum instruction does not keep NaN
+      top = old;
+      for (int q = 0; q < N; ++q) {
+        const Vec value = load(x[q] + d, k);
+        top = Vec::select(Vec::above(value, top), value, top);
+      }
     }
     top.store(best + d);
   });
@@ -275,6 +285,12 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
   }
 }
 
+inline void prefetch_mask(const Layout& l, int64_t index) {
+  if (l.mask == nullptr || l.mask_stride_token != 1) return;
+  const char* row = static_cast<const char*>(l.mask) + index * l.mask_stride_batch * l.mask_bytes;
+  for (int64_t byte = 0; byte < l.length * l.mask_bytes; byte += 64) prefetch(row + byte);
+}
+
 // Asks for the rows that `cls` and `lasttoken` take: each is far from the last and alone, so nothing else fetches
 // ahead.
 template <class T>
@@ -297,6 +313,7 @@ void pool(const Pool& p, int64_t begin, int64_t end, float* scratch) {
   constexpr int64_t group = 8;
   for (int64_t i = begin; i < end; i += group) {
     const int64_t stop = i + group < end ? i + group : end;
+    for (int64_t j = i; j < stop; ++j) prefetch_mask(p.layout, j);
     for (int64_t j = i; picks && j < stop; ++j) prefetch_picks<T>(p, j);
     for (int64_t j = i; j < stop; ++j) pool_one<T>(p, j, scratch);
   }

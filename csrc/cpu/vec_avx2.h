@@ -71,6 +71,11 @@ struct Vec {
   static Mask above(Vec x, Vec best) {
     return _mm256_and_ps(_mm256_cmp_ps(x.v, best.v, _CMP_NLE_UQ), _mm256_cmp_ps(best.v, best.v, _CMP_ORD_Q));
   }
+  // b where either is NaN.
+  static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static Mask unordered(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q); }
+  static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static Mask first_lanes(int n) { return _mm256_castsi256_ps(lane_mask(n)); }
   static Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
 

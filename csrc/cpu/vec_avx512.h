@@ -56,6 +56,11 @@ struct Vec {
   static Mask above(Vec x, Vec best) {
     return _mm512_cmp_ps_mask(x.v, best.v, _CMP_NLE_UQ) & _mm512_cmp_ps_mask(best.v, best.v, _CMP_ORD_Q);
   }
+  // b where either is NaN.
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Mask unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
+  static Mask either(Mask a, Mask b) { return a | b; }
+  static bool any(Mask m) { return m != 0; }
   static Mask first_lanes(int n) { return lane_mask(n); }
   static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 

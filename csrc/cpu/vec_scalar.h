@@ -121,6 +121,18 @@ struct Vec {
     }
     return m;
   }
+  // b where either is NaN.
+  static Vec max(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return b;
+  }
+  static Mask unordered(Vec a, Vec b) {
+    Mask m = 0;
+    for (int i = 0; i < lanes; ++i) m |= static_cast<Mask>(a.v[i] != a.v[i] || b.v[i] != b.v[i]) << i;
+    return m;
+  }
+  static Mask either(Mask a, Mask b) { return a | b; }
+  static bool any(Mask m) { return m != 0; }
   static Mask first_lanes(int n) { return (1u << n) - 1u; }
   static Vec select(Mask m, Vec a, Vec b) {
     for (int i = 0; i < lanes; ++i) b.v[i] = (m >> i) & 1u ? a.v[i] : b.v[i];
