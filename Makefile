@@ -12,18 +12,18 @@ PYTEST := $(BIN)/pytest -p no:cacheprovider
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: .venv/ready  ## make .venv: pinned dependencies and the compiled libraries
+setup: build  ## make .venv: pinned dependencies and the compiled libraries
 
 .venv/ready: pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q setuptools==84.2.1 wheel==0.47.0 ninja==1.13.2 pybind11==3.1.0
-	SENTFAST_CUDA=$(CUDA) $(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	SENTFAST_NO_EXT=1 $(BIN)/pip install -q --no-build-isolation -e '.[dev]'
 	$(BIN)/pip install -q --no-deps --target .venv/st5 --upgrade $(ST5)
 	$(BIN)/pip install -q --target .venv/st5 --upgrade $(ST5_NEEDS)
 	touch $@
 
-build: .venv/ready  ## compile csrc/ again after a change
+build: .venv/ready  ## compile what has changed in csrc/
 	SENTFAST_CUDA=$(CUDA) $(BIN)/python setup.py -q build_ext --inplace
 
 demo: build  ## stock against accelerated on a real model

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDINGS = 8
+ROUNDINGS = 16
 
 
 def error(result: Tensor, exact: Tensor) -> float:
