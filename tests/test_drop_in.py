@@ -248,6 +248,16 @@ def test_similarity_pairwise(encoders, metric, dtype):
     assert_close(result, eager, exact, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_pairwise_angle(dtype):
+    a, b = operands(dtype, m=7, d=34)
+    with sentfast.disabled():
+        eager, exact = util.pairwise_angle_sim(a, b), util.pairwise_angle_sim(a.double(), b.double())
+    with ran("pairwise_similarity") if NEW else ran(codes={"pairwise_angle_sim": "SF109"}):
+        result = util.pairwise_angle_sim(a, b)
+    assert_close(result, eager, exact, dtype)
+
+
 def forms():
     a, b = operands(torch.float32)
     return {

@@ -26,6 +26,7 @@ FUNCTIONS = (
     "pairwise_dot_score",
     "pairwise_euclidean_sim",
     "pairwise_manhattan_sim",
+    "pairwise_angle_sim",
     "normalize_embeddings",
 )
 
@@ -82,7 +83,7 @@ m = globals().get("m") or models.Pooling(3)
 m({"token_embeddings": x, "attention_mask": torch.ones(1, 2, dtype=torch.long)})
 cos_sim(x[0], x[0])
 from sentfast import switch
-assert len(switch.patched()) == 9 and not switch.problem()
+assert len(switch.patched()) == 10 and not switch.problem()
 report = sentfast.report()
 ops = {name for name, backend in report.calls} | {name for name, code in report.fallbacks if code == "SF112"}
 assert ops in ({"pool", "cosine_similarity"}, {"Pooling.forward", "cos_sim"}), report
@@ -155,7 +156,7 @@ assert type(sentence_transformers.__spec__.loader).__name__ == "SourceFileLoader
 
 def test_hundred_cycles_leave_nothing_behind():
     patched = switch.patched()
-    assert len(patched) == 9
+    assert len(patched) == len(FUNCTIONS) + 2
     sentfast.disable()
     before = snapshot()
     for _ in range(100):

@@ -43,6 +43,7 @@ def table(version: Version) -> tuple[Row, ...]:
         Row(_SIMILARITY, "pairwise_dot_score", similarity.pairwise_dot_score),
         Row(_SIMILARITY, "pairwise_euclidean_sim", similarity.pairwise_euclidean_sim),
         Row(_SIMILARITY, "pairwise_manhattan_sim", similarity.pairwise_manhattan_sim),
+        Row(_SIMILARITY, "pairwise_angle_sim", similarity.pairwise_angle_sim),
         Row(_TENSOR, "normalize_embeddings", similarity.normalize_embeddings),
     )
 

@@ -5,6 +5,7 @@ Each function returns the result, or the reason code why the original has to run
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,18 @@ def pairwise_euclidean_sim(version: Version, a: Any, b: Any) -> Tensor | str:
 
 def pairwise_manhattan_sim(version: Version, a: Any, b: Any) -> Tensor | str:
     return _pairwise(version, a, b, "manhattan")
+
+
+def pairwise_angle_sim(version: Version, x: Any, y: Any) -> Tensor | str:
+    """|cos + sin|, the halves being real and imaginary parts: sqrt(2) |cosine| with x turned by 45 degrees."""
+    if not version.angle_is_cosine_and_sine:
+        return "SF109"
+    reason, x, y = _operands(version, x, y)
+    if reason or x.ndim != 2 or x.shape != y.shape or x.shape[1] % 2:
+        return reason or "SF107"
+    first, last = x.float().chunk(2, dim=1)
+    turned = torch.cat([first + last, last - first], dim=1)
+    return functional.pairwise_similarity(turned, y.float()).abs() * math.sqrt(2)
 
 
 def normalize_embeddings(version: Version, x: Any) -> Tensor | str:

@@ -52,3 +52,9 @@ def normalize_embeddings(embeddings: Any) -> Any:
     from sentfast.integrations.trampolines import replacements
 
     return replacements["normalize_embeddings"](embeddings)
+
+
+def pairwise_angle_sim(x: Any, y: Any) -> Any:
+    from sentfast.integrations.trampolines import replacements
+
+    return replacements["pairwise_angle_sim"](x, y)

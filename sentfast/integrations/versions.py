@@ -26,6 +26,7 @@ class Version:
         first_column: modes whose result agrees with our operator's only if every row's first column is in use.
         normalizes_dimension_1: normalisation goes along dimension 1 instead of the last.
         euclidean_zero_gradient: the gradient of the pairwise Euclidean similarity is 0 at distance 0, else NaN.
+        angle_is_cosine_and_sine: the pairwise angle similarity is made of unit vectors: 0 for zero vectors, not NaN.
         to_tensor: sentence-transformers' own conversion of lists and arrays.
     """
 
@@ -38,6 +39,7 @@ class Version:
     first_column: tuple[str, ...] = ()
     normalizes_dimension_1: bool = True
     euclidean_zero_gradient: bool = False
+    angle_is_cosine_and_sine: bool = False
     to_tensor: Callable[[Any], Any] = _unresolved
 
 
@@ -54,6 +56,7 @@ VERSIONS = (
         prompt_as_reference=True,
         normalizes_dimension_1=False,
         euclidean_zero_gradient=True,
+        angle_is_cosine_and_sine=True,
     ),
     Version(
         first=(6, 0),
