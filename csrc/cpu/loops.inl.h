@@ -37,8 +37,7 @@ SENTFAST_INLINE inline void each_vector(int64_t n, F f) {
   if (d < n) f(d, Tail{static_cast<int>(n - d)});
 }
 
-// Asks for the vector at p, which need not exist. Rows are short and the processor's own prefetcher starts late on
-// each.
+// Asks for the line at p, which need not exist.
 template <class T>
 void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 3);
