@@ -29,7 +29,7 @@ def measure(device: torch.device, threads: int, *, quick: bool = False) -> Limit
     found: Limits = {**_bandwidths(device, clock, (32 if quick else 512) << 20, 3 if quick else 7)}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        found[f"peak_{name}"] = _peak(name, threads, 0.05 if quick else 0.5) if device.type == "cpu" else None
+        found[f"peak_{name}"] = peak(name, threads, 0.05 if quick else 0.5) if device.type == "cpu" else None
         found[f"gemm_{name}"] = _gemm(device, clock, dtype, 512 if quick else 2048)
     return found
 
@@ -72,7 +72,7 @@ def _gemm(device: torch.device, clock: Clock, dtype: torch.dtype, size: int) -> 
     return 2 * size**3 / _best(clock, lambda: torch.mm(a, b), 5)
 
 
-def _peak(dtype: str, threads: int, seconds: float) -> float | None:
+def peak(dtype: str, threads: int, seconds: float) -> float | None:
     """Sum over the threads of the rate of a loop that only multiplies and adds in registers."""
     from sentfast import native
 

@@ -20,14 +20,15 @@ import torch
 _STATUS = Path("/proc/self/status")
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size of this process by its name in /proc: VmRSS is what it holds now, VmHWM what it held at most."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no {field} in {_STATUS}")
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
     """Sets the kernel's high-water mark of this process to what it holds now."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -47,10 +48,10 @@ def peak_extra(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status_bytes("VmRSS")
-    resettable = _reset_peak()
+    before = status_bytes("VmRSS")
+    resettable = reset_peak()
     output = call()
-    peak = _status_bytes("VmHWM") if resettable else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = status_bytes("VmHWM") if resettable else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del output
     return peak - before
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-# These three share their module's name; bound here, the name is the function whatever is imported later.
+# Some of these share their module's name; bound here, the name is the function whatever is imported later.
+from sentfast.accelerate import UnsupportedModelError, accelerate, is_accelerated, precision_of, restore
 from sentfast.doctor import doctor
 from sentfast.explain import explain
 from sentfast.report import report
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "UnsupportedModelError",
+    "accelerate",
     "cpu_isa",
     "disable",
     "disabled",
@@ -29,8 +32,11 @@ __all__ = [
     "enable",
     "explain",
     "functional",
+    "is_accelerated",
     "is_enabled",
+    "precision_of",
     "report",
+    "restore",
     "supported_cpu_isas",
     "use_backend",
 ]

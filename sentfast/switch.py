@@ -44,6 +44,7 @@ class _Patch:
 
 _lock = threading.RLock()
 _ledger: list[_Patch] = []
+_added: list[Site] = []  # sites that came up later, by their first use
 _enabled = False
 _problem = ""
 _disabled_here: ContextVar[bool] = ContextVar("sentfast_disabled", default=False)
@@ -87,6 +88,24 @@ def enable() -> None:
             sys.meta_path.insert(0, _finder)
         if module is not None:
             _patch()
+        for site in _added:
+            _apply(site)
+
+
+def add(site: Site) -> None:
+    """Patches one attribute more, whenever sentfast is switched on. Adding it again does no harm."""
+    with _lock:
+        if not any(_same(site, other) for other in _added):
+            _added.append(site)
+        if _enabled:
+            _apply(site)
+
+
+def remove(site: Site) -> None:
+    """Undoes :func:`add`."""
+    with _lock:
+        _added[:] = [other for other in _added if not _same(site, other)]
+        _ledger[:] = [patch for patch in _ledger if not _same(site, patch) or not _restore(patch)]
 
 
 def disable() -> None:
@@ -96,18 +115,8 @@ def disable() -> None:
         _enabled = False
         if _finder in sys.meta_path:
             sys.meta_path.remove(_finder)
-        left = []
-        for patch in reversed(_ledger):
-            if _current(patch.owner, patch.attribute) is patch.replacement:
-                setattr(patch.owner, patch.attribute, patch.original)
-            else:
-                left.append(patch)
-                logger.warning(
-                    "%s was patched by other code after sentfast and is left as it is; it runs the original code",
-                    patch.name,
-                )
         # An entry that stays is not patched again by enable(): the other code still calls our replacement.
-        _ledger[:] = reversed(left)
+        _ledger[:] = reversed([patch for patch in reversed(_ledger) if not _restore(patch)])
 
 
 def patched() -> list[str]:
@@ -119,6 +128,30 @@ def patched() -> list[str]:
 def problem() -> str:
     """Why sentence-transformers could not be patched; empty if nothing went wrong."""
     return _problem
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one.owner is other.owner and one.attribute == other.attribute
+
+
+def _apply(site: Site) -> None:
+    if any(_same(site, patch) for patch in _ledger):
+        return
+    original = _current(site.owner, site.attribute)
+    replacement = site.build(original)
+    setattr(site.owner, site.attribute, replacement)
+    _ledger.append(_Patch(site, original, replacement))
+
+
+def _restore(patch: _Patch) -> bool:
+    """Whether the attribute was still ours."""
+    if _current(patch.owner, patch.attribute) is patch.replacement:
+        setattr(patch.owner, patch.attribute, patch.original)
+        return True
+    logger.warning(
+        "%s was patched by other code after sentfast and is left as it is; it runs the original code", patch.name
+    )
+    return False
 
 
 def _current(owner: Any, attribute: str) -> Any:
@@ -135,14 +168,8 @@ def _patch() -> None:
     # The switch must never break an import: what goes wrong is logged, shown by doctor, and leaves the original code.
     try:
         sites = importlib.import_module("sentfast.integrations.sentence_transformers").sites()
-        known = {(id(patch.owner), patch.attribute) for patch in _ledger}
         for site in sites:
-            if (id(site.owner), site.attribute) in known:
-                continue
-            original = _current(site.owner, site.attribute)
-            replacement = site.build(original)
-            setattr(site.owner, site.attribute, replacement)
-            _ledger.append(_Patch(site, original, replacement))
+            _apply(site)
         _problem = ""
     except Exception as error:
         _problem = f"{type(error).__name__}: {error}"

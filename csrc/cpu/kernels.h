@@ -135,6 +135,95 @@ constexpr int64_t kMatrixScratch =
 // Matrices at most this wide or high are computed row by row, without packing.
 constexpr int64_t kFewRows = 6;
 
+// ---- encoder ----
+
+// Output features in a panel of packed weights (`PANEL` in sentfast/reference.py).
+constexpr int64_t kPanel = 64;
+
+// In the order of `ACTIVATIONS` in sentfast/reference.py.
+enum Activation : int64_t { kGelu, kGeluTanh, kRelu, kSilu, kIdentity };
+
+// A linear layer's products run in float32 or, two at a time, in bfloat16 with float32 sums. Its rows are then floats
+// or BFloat16s, an even number of them.
+enum class Compute : int { Float32 = 0, BFloat16 = 1 };
+constexpr int kComputes = 2;
+
+// y = activation(x w^T + bias)
+struct Linear {
+  int64_t columns, depth;  // output and input features
+  const void* x;
+  int64_t stride_x;
+  const void* weight;  // panels
+  const float* bias;   // or nullptr
+  Activation activation;
+  void* y;
+  int64_t stride_y;
+};
+
+// Rows and panels of y, the unit of work of a thread. scratch: kPanel floats for each of the rows.
+struct LinearBlock {
+  int64_t row_begin, row_end, panel_begin, panel_end;
+  float* scratch;
+};
+
+// Attention of each sequence to itself, head by head; a task is one head of one sequence.
+struct Attention {
+  int64_t heads, head_dim;
+  const int32_t* cu_seqlens;  // rows of qkv
+  const void* qkv;            // rows of query, key and value, each heads * head_dim
+  int64_t stride;
+  float scale;
+  const float* bias;    // [heads, 2 * bias_reach - 1] or nullptr: added at column bias_reach - 1 + key - query
+  int64_t bias_reach;
+  int64_t window;       // keys further away are not seen; negative: all are
+  bool first_row_only;  // only the first query of each sequence; out then has one row per sequence
+  void* out;            // rows of heads * head_dim
+};
+
+// Bytes of scratch for sequences of at most `length` tokens.
+static inline int64_t attention_scratch(int64_t length, int64_t head_dim) {
+  const int64_t keys = (length + kPanel - 1) / kPanel * kPanel;
+  return (keys * (head_dim + (head_dim + 15) / 16 * 16) + 2 * 8 * (keys + 16)) * 4 + 64;
+}
+
+// Adds a residual and normalises: sum = y + residual; sum_out = sum; normed = (sum - mean) / sqrt(var + eps) * weight +
+// bias.
+struct LayerNorm {
+  int64_t dim;
+  const float* y;
+  const float* residual;         // or nullptr
+  const float *weight, *bias;    // weight nullptr: normed = sum; bias may be nullptr
+  float eps;
+  float* sum_out;                // or nullptr
+  float* normed;                 // or nullptr
+  BFloat16* normed_bfloat16;     // or nullptr
+};
+
+// Sums of table rows; dtype of the tables by entry.
+struct Embed {
+  int64_t dim;
+  const int32_t *ids, *position_ids, *token_type_ids;  // token_type_ids nullptr: all 0
+  const void *words, *positions, *token_types;         // the last two may be nullptr
+  float* out;
+};
+
+// Turns the halves of each head of query and key, as real and imaginary parts, by the angles of their positions.
+struct Rotate {
+  int64_t heads, head_dim;
+  const float* table;  // [positions, head_dim], cosines then sines
+  const int32_t* position_ids;
+  void* qkv;
+  int64_t stride;
+};
+
+// First half of each row = activation(first half) * second half.
+struct Gate {
+  int64_t dim;  // of a half
+  Activation activation;
+  void* x;
+  int64_t stride;
+};
+
 // ---- the table ----
 
 using PoolFn = void (*)(const Pool&, int64_t begin, int64_t end, float* scratch);
@@ -145,6 +234,14 @@ using PairwiseFn = void (*)(const Pairwise&, int64_t begin, int64_t end);
 using PairwiseBackwardFn = void (*)(const PairwiseBackward&, int64_t begin, int64_t end);
 using MatrixFn = void (*)(const Matrix&, const Block&, void* scratch);
 
+using LinearFn = void (*)(const Linear&, const LinearBlock&);
+using AttentionFn = void (*)(const Attention&, int64_t begin, int64_t end, void* scratch);
+using LayerNormFn = void (*)(const LayerNorm&, int64_t begin, int64_t end);
+using EmbedFn = void (*)(const Embed&, int64_t begin, int64_t end);
+using RotateFn = void (*)(const Rotate&, int64_t begin, int64_t end);
+using GateFn = void (*)(const Gate&, int64_t begin, int64_t end);
+using NarrowFn = void (*)(const float* from, void* to, int64_t count);
+
 // Indexed by Dtype; a matrix by the dtypes of a and b.
 struct Kernels {
   PoolFn pool[kDtypes];
@@ -154,6 +251,14 @@ struct Kernels {
   PairwiseFn pairwise[kDtypes];
   PairwiseBackwardFn pairwise_backward[kDtypes];
   MatrixFn matrix[kDtypes][kDtypes];
+  LayerNormFn layer_norm;
+  EmbedFn embed[kDtypes];
+  NarrowFn narrow[kDtypes];
+  // Indexed by Compute; rows of y are as those of x, or float32.
+  LinearFn linear[kComputes], linear_float32[kComputes];
+  AttentionFn attention[kComputes];
+  RotateFn rotate[kComputes];
+  GateFn gate[kComputes];
   // Multiply-adds in registers only: floating-point operations done by `rounds` rounds; nullptr: no such instruction.
   double (*peak_float32)(int64_t rounds);
   double (*peak_bfloat16)(int64_t rounds);

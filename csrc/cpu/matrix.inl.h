@@ -5,10 +5,9 @@
 // broadcast of a). A panel holds one Word per step and column: a float32, or for bf16 dot products a pair of bf16.
 // a needs packing only where its rows are not plain Words: another dtype, a stride, an odd number of bf16.
 //
-// Needs: struct Step { static Vec multiply_add(Vec a, Vec b, Vec c); static constexpr int depth; } with depth the
-// number of elements in a Word.
-
 namespace matrix {
+
+using gemm::Float32Step;
 
 constexpr int kTileRows = Vec::tile_rows;
 constexpr int kTileVectors = Vec::tile_vectors;
@@ -119,18 +118,7 @@ void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Vec::zero();
   }
-  const float* b = reinterpret_cast<const float*>(panel);
-  for (int64_t s = 0; s < steps; ++s, b += kTileColumns) {
-    Vec column[kTileVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kTileVectors; ++j) column[j] = Vec::load(b + j * Vec::lanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Vec x = Vec::broadcast(a.words + i * a.stride + s);
-#pragma GCC unroll 8
-      for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Step::multiply_add(x, column[j], sum[i][j]);
-    }
-  }
+  gemm::accumulate<Step, R, kTileVectors>(sum, a.words, a.stride, panel, kTileColumns, steps);
   const bool scaled = t.finish && t.m.norm_a != nullptr;
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -152,20 +140,7 @@ void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
 
 template <class Step>
 void tile_of(int64_t rows, const Tile& t, Lines a, const Word* panel, int64_t steps) {
-  switch (rows) {
-    case 1:
-      return tile<Step, 1>(t, a, panel, steps);
-    case 2:
-      return tile<Step, 2>(t, a, panel, steps);
-    case 3:
-      return tile<Step, 3>(t, a, panel, steps);
-    case 4:
-      return tile<Step, 4>(t, a, panel, steps);
-    case 5:
-      return tile<Step, (kTileRows >= 5 ? 5 : kTileRows)>(t, a, panel, steps);
-    default:
-      return tile<Step, kTileRows>(t, a, panel, steps);
-  }
+  gemm::with_rows(rows, [&](auto r) SENTFAST_INLINE { tile<Step, decltype(r)::value>(t, a, panel, steps); });
 }
 
 // Scratch of one thread, cut into its parts.
@@ -255,11 +230,6 @@ void block(const Matrix& m, const Block& block, void* memory) {
     by_tiles<Step, A, B>(m, block, memory);
   }
 }
-
-struct Float32Step {
-  static constexpr int depth = 1;
-  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return Vec::fma(a, b, c); }
-};
 
 // Floating-point operations of `rounds` rounds of independent multiply-adds, none of which touches memory.
 template <class Step>

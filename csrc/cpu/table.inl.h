@@ -8,9 +8,23 @@ void fill_row(Kernels& t, int dtype) {
   t.normalize_backward[dtype] = rows::normalize_backward<A>;
   t.pairwise[dtype] = rows::pairwise<A>;
   t.pairwise_backward[dtype] = rows::pairwise_backward<A>;
+  t.embed[dtype] = layers::embed<A>;
+  t.narrow[dtype] = layers::narrow<A>;
   t.matrix[dtype][static_cast<int>(Dtype::Float32)] = matrix::block<matrix::Float32Step, A, float>;
   t.matrix[dtype][static_cast<int>(Dtype::BFloat16)] = matrix::block<matrix::Float32Step, A, BFloat16>;
   t.matrix[dtype][static_cast<int>(Dtype::Float16)] = matrix::block<matrix::Float32Step, A, Float16>;
+}
+
+// The kernels of a linear layer's element; rows of y are of the same element or, as in linear_float32, floats.
+template <class Step>
+void fill_compute(Kernels& t, Compute compute) {
+  using Element = typename Step::Element;
+  const int i = static_cast<int>(compute);
+  t.linear[i] = linear::linear<Step, Element>;
+  t.linear_float32[i] = linear::linear<Step, float>;
+  t.attention[i] = attention::attention<Step>;
+  t.rotate[i] = layers::rotate<Element>;
+  t.gate[i] = layers::gate<Element>;
 }
 
 // Filled on first use: a table made at load time would run this instruction set on every machine.
@@ -20,6 +34,9 @@ const Kernels& table() {
     fill_row<float>(t, static_cast<int>(Dtype::Float32));
     fill_row<BFloat16>(t, static_cast<int>(Dtype::BFloat16));
     fill_row<Float16>(t, static_cast<int>(Dtype::Float16));
+    fill_compute<gemm::Float32Step>(t, Compute::Float32);
+    fill_compute<gemm::WideBFloat16Step>(t, Compute::BFloat16);
+    t.layer_norm = layers::layer_norm;
     t.peak_float32 = SENTFAST_PEAK_FLOAT32;
     return t;
   }();

@@ -10,7 +10,12 @@ namespace {
 #include "loops.inl.h"
 #include "pooling.inl.h"
 #include "rows.inl.h"
+#include "gemm.inl.h"
 #include "matrix.inl.h"
+#include "math.inl.h"
+#include "linear.inl.h"
+#include "attention.inl.h"
+#include "layers.inl.h"
 // clang-format on
 }  // namespace
 #define SENTFAST_PEAK_FLOAT32 matrix::peak<matrix::Float32Step>

@@ -1,4 +1,4 @@
-// The kernels of `avx512`, with the bf16 dot product instruction in the bf16 matrix.
+// The kernels of `avx512`, with the bf16 instructions where bf16 is multiplied or made.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -13,10 +13,16 @@ namespace {
 // clang-format off: the order matters
 #include "loops.inl.h"
 #include "rows.inl.h"
+#include "gemm.inl.h"
 #include "matrix.inl.h"
+#include "math.inl.h"
+#include "linear.inl.h"
+#include "attention.inl.h"
+#include "layers.inl.h"
 // clang-format on
 
 struct BFloat16Step {
+  using Element = BFloat16;
   static constexpr int depth = 2;
   static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
     return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
@@ -29,6 +35,11 @@ const Kernels& table() {
     Kernels t = avx512::table();
     constexpr int bf16 = static_cast<int>(Dtype::BFloat16);
     t.matrix[bf16][bf16] = matrix::block<BFloat16Step, BFloat16, BFloat16>;
+    constexpr int compute = static_cast<int>(Compute::BFloat16);
+    t.linear[compute] = linear::linear<BFloat16Step, BFloat16>;
+    t.linear_float32[compute] = linear::linear<BFloat16Step, float>;
+    t.attention[compute] = attention::attention<BFloat16Step>;
+    t.layer_norm = layers::layer_norm;
     t.peak_bfloat16 = matrix::peak<BFloat16Step>;
     return t;
   }();

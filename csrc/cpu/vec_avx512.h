@@ -15,6 +15,9 @@ struct Vec {
   static __m256i load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m256i load_half(const void* p, int n) { return _mm256_maskz_loadu_epi16(lane_mask(n), p); }
   static Vec widen_bf16(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+#ifdef __AVX512BF16__
+  __m256i narrow_bf16() const { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+#else
   __m256i narrow_bf16() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -23,6 +26,7 @@ struct Vec {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
   }
+#endif
   __m256i narrow_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -58,6 +62,17 @@ struct Vec {
   }
   // b where either is NaN.
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  static Vec round(Vec a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  // x * 2^n for whole n from -126 to 127.
+  static Vec scale_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+  // The two halves of each Word as floats.
+  static Vec low_half(Vec x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16))}; }
+  static Vec high_half(Vec x) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(-65536)))};
+  }
   static Mask unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return a | b; }
   static bool any(Mask m) { return m != 0; }

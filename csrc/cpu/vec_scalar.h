@@ -126,6 +126,44 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return b;
   }
+  static Vec min(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return b;
+  }
+  static Vec round(Vec a) {
+    for (int i = 0; i < lanes; ++i) a.v[i] = std::nearbyintf(a.v[i]);
+    return a;
+  }
+  // x * 2^n for whole n from -126 to 127.
+  static Vec scale_by_power(Vec x, Vec n) {
+    for (int i = 0; i < lanes; ++i) {
+      const int32_t exponent = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+      const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+      float power;
+      std::memcpy(&power, &bits, 4);
+      x.v[i] *= power;
+    }
+    return x;
+  }
+  // The two halves of each Word as floats.
+  static Vec low_half(Vec x) {
+    for (int i = 0; i < lanes; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &x.v[i], 4);
+      bits <<= 16;
+      std::memcpy(&x.v[i], &bits, 4);
+    }
+    return x;
+  }
+  static Vec high_half(Vec x) {
+    for (int i = 0; i < lanes; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &x.v[i], 4);
+      bits &= 0xffff0000u;
+      std::memcpy(&x.v[i], &bits, 4);
+    }
+    return x;
+  }
   static Mask unordered(Vec a, Vec b) {
     Mask m = 0;
     for (int i = 0; i < lanes; ++i) m |= static_cast<Mask>(a.v[i] != a.v[i] || b.v[i] != b.v[i]) << i;

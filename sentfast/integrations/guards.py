@@ -48,6 +48,50 @@ def accelerated(name: str, original: Callable, attempt: Callable) -> Callable:
     return wrapper
 
 
+def accelerated_loop(name: str, original: Callable, attempt: Callable) -> Callable:
+    """As :func:`accelerated`, for an original whose parts are patched too: they stay so when it has to run."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not switch.is_enabled() or torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        result = transform() or attempt(*args, **kwargs)
+        if isinstance(result, str):
+            fallback(name, result)
+            return original(*args, **kwargs)
+        return result
+
+    setattr(wrapper, MARK, True)
+    return wrapper
+
+
+def prepared(name: str, original: Callable, prepare: Callable) -> Callable:
+    """The replacement of `original` that calls `prepare` with its arguments before it."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and switch.is_enabled():
+            prepare(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(wrapper, MARK, True)
+    return wrapper
+
+
+def within(name: str, original: Callable, context: Callable) -> Callable:
+    """The replacement of `original` that runs it inside the context manager `context` makes of its arguments."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not switch.is_enabled():
+            return original(*args, **kwargs)
+        with context(*args, **kwargs):
+            return original(*args, **kwargs)
+
+    setattr(wrapper, MARK, True)
+    return wrapper
+
+
 def transform() -> str:
     """Tracing, torch.func and forward-mode differentiation have no rule for our operators."""
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:

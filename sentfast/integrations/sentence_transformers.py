@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sentfast.integrations import modules, similarity, trampolines
-from sentfast.integrations.guards import MARK, accelerated
+from sentfast.integrations import mark, modules, similarity, trampolines, workers
+from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, prepared, within
 from sentfast.integrations.versions import TESTED, Version, find, tested
 from sentfast.report import fallback, logger
 from sentfast.switch import Site
@@ -25,16 +25,18 @@ _TENSOR = "sentence_transformers.util.tensor"
 
 
 class Row(NamedTuple):
-    """owner: a module for a function, module and class for a method."""
+    """owner: a module for a function, module and class for a method. wrap: makes the replacement (``guards.py``)."""
 
     owner: str
     attribute: str
     replacement: Callable
+    wrap: Callable = accelerated
 
 
 def table(version: Version) -> tuple[Row, ...]:
-    """What is patched. ``model.similarity`` and ``similarity_pairwise`` call these functions."""
-    return (
+    """What is patched. ``model.similarity`` and ``similarity_pairwise`` call the functions."""
+    rows = (
+        Row(f"{version.transformer}:Transformer", "forward", mark.before_forward, prepared),
         Row(f"{version.pooling}:Pooling", "forward", modules.pooling_forward),
         Row(f"{version.normalize}:Normalize", "forward", modules.normalize_forward),
         Row(_SIMILARITY, "cos_sim", similarity.cos_sim),
@@ -45,6 +47,21 @@ def table(version: Version) -> tuple[Row, ...]:
         Row(_SIMILARITY, "pairwise_manhattan_sim", similarity.pairwise_manhattan_sim),
         Row(_SIMILARITY, "pairwise_angle_sim", similarity.pairwise_angle_sim),
         Row(_TENSOR, "normalize_embeddings", similarity.normalize_embeddings),
+        Row(version.worker.rpartition(".")[0], "start_multi_process_pool", workers.settings_noted, within),
+    )
+    return rows + _loop(version) if version.inference else rows
+
+
+def _loop(version: Version) -> tuple[Row, ...]:
+    """The loop of `encode`, which the versions before 6.2 do not have by itself."""
+    from sentfast.integrations import encode
+
+    owner = f"{version.model}:SentenceTransformer"
+    return (
+        Row(owner, "_inference", encode.inference, accelerated_loop),
+        Row(owner, "encode", encode.batch_size_noted, within),
+        Row(owner, "encode_query", encode.batch_size_noted, within),
+        Row(owner, "encode_document", encode.batch_size_noted, within),
     )
 
 
@@ -72,6 +89,7 @@ def sites() -> Iterator[Site]:
         site = _method(version, row) if ":" in row.owner else _function(version, row)
         if site is not None:
             yield site
+    yield from _worker(version)
 
 
 def _method(version: Version, row: Row) -> Site | None:
@@ -82,11 +100,27 @@ def _method(version: Version, row: Row) -> Site | None:
     if not isinstance(original, types.FunctionType) or original.__module__ != module:
         _foreign(name)
         return None
-    if hasattr(original, "__wrapped__") and not hasattr(original, MARK):
+    if hasattr(original, "__wrapped__") and not hasattr(original, MARK) and not _decorated(original):
         _foreign(name)
         return None
-    attempt = functools.partial(row.replacement, version)
-    return Site(name, owner, row.attribute, lambda original: accelerated(name, original, attempt))
+    replacement = functools.partial(row.replacement, version)
+    return Site(name, owner, row.attribute, lambda original: row.wrap(name, original, replacement))
+
+
+def _decorated(function: types.FunctionType) -> bool:
+    """The wrapper is one that sentence-transformers itself has put there, of its own or of PyTorch."""
+    return function.__globals__["__name__"].partition(".")[0] in ("sentence_transformers", "torch")
+
+
+def _worker(version: Version) -> Iterator[Site]:
+    module, _, path = version.worker.partition(":")
+    cls, _, attribute = path.partition(".")
+    owner = getattr(importlib.import_module(module), cls)
+    original = vars(owner).get(attribute)
+    if isinstance(original, (classmethod, staticmethod)) and original.__func__.__module__ == module:
+        yield Site(path, owner, attribute, workers.Worker)
+    elif not isinstance(original, workers.Worker):
+        _foreign(path)
 
 
 def _function(version: Version, row: Row) -> Site | None:

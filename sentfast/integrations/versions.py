@@ -19,7 +19,9 @@ class Version:
 
     Attributes:
         first: the first version of the range.
-        pooling, normalize: module of the class.
+        pooling, normalize, transformer, model: module of the class Pooling, Normalize, Transformer, SentenceTransformer.
+        worker: module, class and name of the method that a process of a multi-process pool runs.
+        inference: `encode` hands texts and resolved arguments to `_inference`.
         mode_flags: the pooling modes are one bool attribute each, with a fixed order.
         scores_float32: half embeddings give float32 scores, else scores in their dtype.
         prompt_as_reference: prompt exclusion is as our operator defines it; the older ones also rewrite the mask.
@@ -33,6 +35,10 @@ class Version:
     first: tuple[int, int]
     pooling: str
     normalize: str
+    transformer: str
+    model: str
+    worker: str
+    inference: bool = False
     mode_flags: bool = False
     scores_float32: bool = True
     prompt_as_reference: bool = False
@@ -46,6 +52,8 @@ class Version:
 _MODELS = "sentence_transformers.models."
 _MODULES = "sentence_transformers.sentence_transformer.modules."
 _BASE_MODULES = "sentence_transformers.base.modules."
+_MODEL = "sentence_transformers.sentence_transformer.model"
+_OLD_MODEL = "sentence_transformers.SentenceTransformer"
 
 # Newest first. Left padding: up to 5.6 `cls` is the first column; up to 6.1 `weightedmean` counts absolute columns.
 VERSIONS = (
@@ -53,6 +61,10 @@ VERSIONS = (
         first=(6, 2),
         pooling=_MODULES + "pooling",
         normalize=_BASE_MODULES + "normalize",
+        transformer=_BASE_MODULES + "transformer",
+        model=_MODEL,
+        worker="sentence_transformers.base.model:BaseModel._multi_process_worker",
+        inference=True,
         prompt_as_reference=True,
         normalizes_dimension_1=False,
         euclidean_zero_gradient=True,
@@ -62,12 +74,18 @@ VERSIONS = (
         first=(6, 0),
         pooling=_MODULES + "pooling",
         normalize=_BASE_MODULES + "normalize",
+        transformer=_BASE_MODULES + "transformer",
+        model=_MODEL,
+        worker=f"{_MODEL}:SentenceTransformer._multi_process_worker",
         first_column=("weightedmean",),
     ),
     Version(
         first=(5, 4),
         pooling=_MODULES + "pooling",
         normalize=_MODULES + "normalize",
+        transformer=_BASE_MODULES + "transformer",
+        model=_MODEL,
+        worker=f"{_MODEL}:SentenceTransformer._multi_process_worker",
         scores_float32=False,
         first_column=("cls", "weightedmean"),
     ),
@@ -76,6 +94,9 @@ VERSIONS = (
         first=(5, 0),
         pooling=_MODELS + "Pooling",
         normalize=_MODELS + "Normalize",
+        transformer=_MODELS + "Transformer",
+        model=_OLD_MODEL,
+        worker=f"{_OLD_MODEL}:SentenceTransformer._encode_multi_process_worker",
         mode_flags=True,
         scores_float32=False,
         first_column=("cls", "max", "weightedmean"),

@@ -1,0 +1,217 @@
+// Attention of each sequence to itself, one head at a time. Keys are packed as the columns of a matrix product and
+// values as its rows, once per head; then a strip of queries at a time makes its scores, their softmax, and the
+// weighted sum of the values. A row of scores is a few kilobytes, so nothing is recomputed.
+
+namespace attention {
+
+constexpr int kRows = Vec::tile_rows;
+constexpr int kTileColumns = Vec::tile_vectors * Vec::lanes;
+
+// Scratch of one task, cut into its parts. Strides in Words.
+template <class Step>
+struct Head {
+  using Element = typename Step::Element;
+  int64_t length, steps, width;  // keys; Words in a query; columns of packed values
+  int64_t row_stride;            // of scores and weights
+  Word *keys, *values;           // panels of 64 keys; pairs of rows if a Word is a pair
+  float* scores;
+  Element* weights;
+  const Element *q, *k, *v;
+  int64_t head;
+
+  Head(const Attention& p, int64_t task, void* memory) {
+    const int64_t sequence = task / p.heads;
+    head = task % p.heads;
+    const int64_t begin = p.cu_seqlens[sequence], hidden = p.heads * p.head_dim;
+    length = p.cu_seqlens[sequence + 1] - begin;
+    steps = p.head_dim / Step::depth;
+    width = round_up(p.head_dim);
+    q = static_cast<const Element*>(p.qkv) + begin * p.stride + head * p.head_dim;
+    k = q + hidden;
+    v = k + hidden;
+    const int64_t padded = (length + kPanel - 1) / kPanel * kPanel;
+    row_stride = padded + 16;  // rows a power of two apart would share the same few places of the first cache
+    const auto address = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
+    keys = reinterpret_cast<Word*>(address);
+    values = keys + padded * steps;
+    scores = reinterpret_cast<float*>(values + (padded + Step::depth - 1) / Step::depth * width);
+    weights = reinterpret_cast<Element*>(scores + kRows * row_stride);
+  }
+};
+
+// Word (step, key) goes to keys[key / 64][step][key % 64]; missing keys that a tile reads are zero.
+template <class Step>
+void pack_keys(const Attention& p, const Head<Step>& h) {
+  for (int64_t begin = 0; begin < h.length; begin += kPanel) {
+    const int64_t count = h.length - begin < kPanel ? h.length - begin : kPanel;
+    const int64_t padded = count > kPanel / 2 ? kPanel : round_up(count);
+    Word* panel = h.keys + begin * h.steps;
+    for (int64_t i = 0; i < count; ++i) {
+      const Word* from = reinterpret_cast<const Word*>(h.k + (begin + i) * p.stride);
+      for (int64_t s = 0; s < h.steps; ++s) panel[s * kPanel + i] = from[s];
+    }
+    for (int64_t s = 0; s < h.steps; ++s) {
+      for (int64_t i = count; i < padded; ++i) panel[s * kPanel + i] = 0;
+    }
+  }
+}
+
+// Row by row, or two rows as one row of pairs; columns up to `width` are zero.
+template <class Step>
+void pack_values(const Attention& p, const Head<Step>& h) {
+  for (int64_t i = 0; i < h.length; i += Step::depth) {
+    Word* to = h.values + i / Step::depth * h.width;
+    if constexpr (Step::depth == 1) {
+      const Word* from = reinterpret_cast<const Word*>(h.v + i * p.stride);
+      for (int64_t d = 0; d < p.head_dim; ++d) to[d] = from[d];
+    } else {
+      const auto* low = h.v + i * p.stride;
+      const auto* high = i + 1 < h.length ? low + p.stride : nullptr;
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        to[d] = low[d].bits | (high != nullptr ? static_cast<uint32_t>(high[d].bits) << 16 : 0u);
+      }
+    }
+    for (int64_t d = p.head_dim; d < h.width; ++d) to[d] = 0;
+  }
+}
+
+// scores[i][key] = <q_i, k_key> * scale + bias, for R queries and V vectors of keys from `key`.
+template <class Step, int R, int V>
+SENTFAST_INLINE inline void score_tile(const Attention& p, const Head<Step>& h, int64_t row, int64_t key) {
+  Vec sum[R][V];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < V; ++j) sum[i][j] = Vec::zero();
+  }
+  const Word* q = reinterpret_cast<const Word*>(h.q + row * p.stride);
+  const Word* k = h.keys + key / kPanel * kPanel * h.steps + key % kPanel;
+  gemm::accumulate<Step, R, V>(sum, q, p.stride / Step::depth, k, kPanel, h.steps);
+  const Vec scale = Vec::fill(p.scale);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    float* to = h.scores + i * h.row_stride + key;
+    const float* bias = nullptr;
+    if (p.bias != nullptr) bias = p.bias + h.head * (2 * p.bias_reach - 1) + p.bias_reach - 1 + key - (row + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      Vec value = sum[i][j] * scale;
+      const int64_t left = h.length - key - j * Vec::lanes;
+      if (bias != nullptr && left > 0) {
+        const float* from = bias + j * Vec::lanes;
+        value = value + (left >= Vec::lanes ? Vec::load(from) : Vec::load(from, static_cast<int>(left)));
+      }
+      value.store(to + j * Vec::lanes);
+    }
+  }
+}
+
+// weights = exp(scores - max) for keys [begin, end), zero for the others of [first, last); returns their sum.
+template <class Element>
+float softmax(const float* scores, Element* weights, int64_t first, int64_t begin, int64_t end, int64_t last) {
+  constexpr bool exact = sizeof(Element) == 4;
+  const float* from = scores + begin;
+  const int64_t count = end - begin;
+  const Vec lowest = Vec::fill(-__builtin_inff());
+  Vec top = lowest;
+  each_vector(count, [&](int64_t d, auto k) SENTFAST_INLINE {
+    const Vec x = load(from + d, k);
+    if constexpr (sizeof(k) == sizeof(Full)) {
+      top = Vec::max(top, x);
+    } else {
+      top = Vec::max(top, Vec::select(Vec::first_lanes(k.count), x, lowest));
+    }
+  });
+  float lane[Vec::lanes];
+  top.store(lane);
+  float highest = lane[0];
+  for (int i = 1; i < Vec::lanes; ++i) highest = lane[i] > highest ? lane[i] : highest;
+  const Vec log2e = Vec::fill(math::kLog2E), offset = Vec::fill(-highest * math::kLog2E);
+  Vec sum = Vec::zero();
+  Element* to = weights + begin;
+  for (int64_t d = first; d < begin; ++d) weights[d] = Element{};
+  each_vector(count, [&](int64_t d, auto k) SENTFAST_INLINE {
+    const Vec x = only(math::exp2<exact>(Vec::fma(load(from + d, k), log2e, offset)), k);
+    sum = sum + x;
+    store(x, to + d, k);
+  });
+  for (int64_t d = end; d < last; ++d) weights[d] = Element{};
+  return sum.sum();
+}
+
+// out[i] = weights[i] values / sum[i] for R queries and V vectors of columns; keys [first, last).
+template <class Step, int R, int V>
+SENTFAST_INLINE inline void value_tile(const Attention& p, const Head<Step>& h, const float* sums, int64_t first,
+                                       int64_t last, int64_t column, typename Step::Element* out) {
+  Vec sum[R][V];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < V; ++j) sum[i][j] = Vec::zero();
+  }
+  const Word* weights = reinterpret_cast<const Word*>(h.weights + first);
+  const Word* values = h.values + first / Step::depth * h.width + column;
+  const int64_t steps = (last - first + Step::depth - 1) / Step::depth;
+  gemm::accumulate<Step, R, V>(sum, weights, h.row_stride / Step::depth, values, h.width, steps);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    const Vec scale = Vec::fill(1.0f / sums[i]);
+    auto* to = out + i * p.heads * p.head_dim + column;
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      const int64_t left = p.head_dim - column - j * Vec::lanes;
+      if (left >= Vec::lanes) {
+        (sum[i][j] * scale).store(to + j * Vec::lanes);
+      } else if (left > 0) {
+        (sum[i][j] * scale).store(to + j * Vec::lanes, static_cast<int>(left));
+      }
+    }
+  }
+}
+
+template <class Step, int R>
+void strip(const Attention& p, const Head<Step>& h, int64_t row, typename Step::Element* out) {
+  // With a window, the keys that any of the rows sees, from the start of a panel.
+  int64_t first = 0, last = h.length;
+  if (p.window >= 0) {
+    first = row > p.window ? (row - p.window) / kPanel * kPanel : 0;
+    last = row + R + p.window < h.length ? row + R + p.window : h.length;
+  }
+  for (int64_t key = first; key < last; key += kTileColumns) {
+    gemm::with_vectors((last - key + Vec::lanes - 1) / Vec::lanes, [&](auto v) SENTFAST_INLINE {
+      score_tile<Step, R, decltype(v)::value>(p, h, row, key);
+    });
+  }
+  const int64_t whole = (last + Step::depth - 1) / Step::depth * Step::depth;
+  float sums[R];
+  for (int i = 0; i < R; ++i) {
+    int64_t begin = 0, end = h.length;
+    if (p.window >= 0) {
+      begin = row + i > p.window ? row + i - p.window : 0;
+      end = row + i + p.window + 1 < h.length ? row + i + p.window + 1 : h.length;
+    }
+    sums[i] = softmax(h.scores + i * h.row_stride, h.weights + i * h.row_stride, first, begin, end, whole);
+  }
+  for (int64_t column = 0; column < h.width; column += kTileColumns) {
+    gemm::with_vectors((h.width - column) / Vec::lanes, [&](auto v) SENTFAST_INLINE {
+      value_tile<Step, R, decltype(v)::value>(p, h, sums, first, whole, column, out);
+    });
+  }
+}
+
+template <class Step>
+void attention(const Attention& p, int64_t begin, int64_t end, void* memory) {
+  const int64_t hidden = p.heads * p.head_dim;
+  for (int64_t task = begin; task < end; ++task) {
+    const Head<Step> h(p, task, memory);
+    if (h.length == 0) continue;
+    pack_keys(p, h);
+    pack_values(p, h);
+    const int64_t sequence = task / p.heads, queries = p.first_row_only ? 1 : h.length;
+    const int64_t first_out = p.first_row_only ? sequence : p.cu_seqlens[sequence];
+    auto* out = static_cast<typename Step::Element*>(p.out) + first_out * hidden + h.head * p.head_dim;
+    for (int64_t row = 0; row < queries; row += kRows) {
+      gemm::with_rows(queries - row, [&](auto r) SENTFAST_INLINE {
+        strip<Step, decltype(r)::value>(p, h, row, out + row * hidden);
+      });
+    }
+  }
+}
+
+}  // namespace attention

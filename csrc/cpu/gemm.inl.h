@@ -1,0 +1,78 @@
+// The inner loop of every matrix product: the sums of R rows by V vectors of columns stay in registers.
+//
+// A Word is what one step multiplies: a float32, or a pair of bf16 whose two products are both added.
+
+namespace gemm {
+
+struct Float32Step {
+  using Element = float;
+  static constexpr int depth = 1;  // elements in a Word
+  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return Vec::fma(a, b, c); }
+};
+
+// Without an instruction for it.
+struct WideBFloat16Step {
+  using Element = BFloat16;
+  static constexpr int depth = 2;
+  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+    return Vec::fma(Vec::high_half(a), Vec::high_half(b), Vec::fma(Vec::low_half(a), Vec::low_half(b), c));
+  }
+};
+
+// sum[i][j] += a[i][s] * b[s][j]; rows of a and of b are stride_a and stride_b Words apart.
+template <class Step, int R, int V>
+SENTFAST_INLINE inline void accumulate(Vec (&sum)[R][V], const Word* a, int64_t stride_a, const Word* b,
+                                       int64_t stride_b, int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s, b += stride_b) {
+    Vec column[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) column[j] = Vec::load(reinterpret_cast<const AliasedFloat*>(b) + j * Vec::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Vec x = Vec::broadcast(a + i * stride_a + s);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) sum[i][j] = Step::multiply_add(x, column[j], sum[i][j]);
+    }
+  }
+}
+
+// A number that is known when the program is compiled.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls f(Count<n>{}) with n = rows, at most Vec::tile_rows.
+template <class F>
+SENTFAST_INLINE inline void with_rows(int64_t rows, F f) {
+  switch (rows) {
+    case 1:
+      return f(Count<1>{});
+    case 2:
+      return f(Count<2>{});
+    case 3:
+      return f(Count<3>{});
+    case 4:
+      return f(Count<4>{});
+    case 5:
+      return f(Count<(Vec::tile_rows >= 5 ? 5 : Vec::tile_rows)>{});
+    default:
+      return f(Count<Vec::tile_rows>{});
+  }
+}
+
+// Calls f(Count<n>{}) with n = vectors or the next larger for which there is code, at most Vec::tile_vectors.
+template <class F>
+SENTFAST_INLINE inline void with_vectors(int64_t vectors, F f) {
+  constexpr int most = Vec::tile_vectors;
+  switch (vectors) {
+    case 1:
+      return f(Count<1>{});
+    case 2:
+      return f(Count<(most >= 2 ? 2 : most)>{});
+    default:
+      return f(Count<most>{});
+  }
+}
+
+}  // namespace gemm

@@ -1,0 +1,88 @@
+// y = activation(x w^T + bias) with weights in panels of 64 output features: a panel, or of a deep one a part that fits
+// the second cache, is multiplied with every row before the next is touched. Sums go through the first cache on their
+// way to y: a percent of the time, for which bias and activation need not be unrolled into the tile.
+
+namespace linear {
+
+constexpr int64_t kBlockSteps = 1024;
+constexpr int kTileColumns = Vec::tile_vectors * Vec::lanes;
+
+// A panel's steps [begin, begin + count).
+struct Part {
+  const Word* weight;  // of the first step
+  int64_t begin, count;
+};
+
+// sums[i] += of R rows by one tile of columns; rows of sums are kPanel apart.
+template <class Step, int R>
+SENTFAST_INLINE inline void tile(const Linear& p, const Part& part, int64_t row, int64_t inside, float* sums) {
+  constexpr int V = Vec::tile_vectors;
+  Vec sum[R][V];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < V; ++j) {
+      sum[i][j] = part.begin == 0 ? Vec::zero() : Vec::load(sums + i * kPanel + inside + j * Vec::lanes);
+    }
+  }
+  const int64_t stride = p.stride_x / Step::depth;
+  const Word* x = reinterpret_cast<const Word*>(p.x) + row * stride + part.begin;
+  gemm::accumulate<Step, R, V>(sum, x, stride, part.weight + inside, kPanel, part.count);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) sum[i][j].store(sums + i * kPanel + inside + j * Vec::lanes);
+  }
+}
+
+// y = activation(sums + bias) for `rows` rows of a panel, while they are in the first cache.
+template <class Out, class A>
+void finish(const Linear& p, int64_t row, int64_t rows, int64_t panel, const float* sums) {
+  const int64_t begin = panel * kPanel, columns = p.columns - begin < kPanel ? p.columns - begin : kPanel;
+  for (int64_t i = 0; i < rows; ++i) {
+    Out* y = static_cast<Out*>(p.y) + (row + i) * p.stride_y + begin;
+    each_vector(columns, [&](int64_t d, auto k) SENTFAST_INLINE {
+      Vec value = load(sums + i * kPanel + d, k);
+      if (p.bias != nullptr) value = value + load(p.bias + begin + d, k);
+      store(A::of(value), y + d, k);
+    });
+  }
+}
+
+// Asks for a share of the words that are multiplied next.
+inline void prefetch_share(const Word* next, int64_t words, int64_t share, int64_t shares) {
+  constexpr int64_t line = 16;
+  for (int64_t w = words * share / shares / line * line; w < words * (share + 1) / shares; w += line) {
+    __builtin_prefetch(next + w, 0, 2);
+  }
+}
+
+template <class Step, class Out>
+void linear(const Linear& p, const LinearBlock& b) {
+  constexpr bool exact = Step::depth == 1;
+  const int64_t steps = (p.depth + Step::depth - 1) / Step::depth;
+  const int64_t parts = (steps + kBlockSteps - 1) / kBlockSteps, size = (steps + parts - 1) / parts;
+  const Word* weight = static_cast<const Word*>(p.weight);
+  const int64_t strips = (b.row_end - b.row_begin + Vec::tile_rows - 1) / Vec::tile_rows;
+  for (int64_t panel = b.panel_begin; panel < b.panel_end; ++panel) {
+    for (int64_t begin = 0; begin < steps; begin += size) {
+      const int64_t count = steps - begin < size ? steps - begin : size;
+      const Part part = {weight + (panel * steps + begin) * kPanel, begin, count};
+      const bool last = begin + count == steps;
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        if (!last || panel + 1 < b.panel_end) prefetch_share(part.weight + count * kPanel, count * kPanel, strip, strips);
+        const int64_t row = b.row_begin + strip * Vec::tile_rows;
+        float* sums = b.scratch + strip * Vec::tile_rows * kPanel;
+        gemm::with_rows(b.row_end - row, [&](auto r) SENTFAST_INLINE {
+          for (int64_t inside = 0; inside < kPanel; inside += kTileColumns) {
+            tile<Step, decltype(r)::value>(p, part, row, inside, sums);
+          }
+          if (!last) return;
+          math::with_activation<exact>(p.activation, [&](auto a) {
+            finish<Out, decltype(a)>(p, row, decltype(r)::value, panel, sums);
+          });
+        });
+      }
+    }
+  }
+}
+
+}  // namespace linear

@@ -1,0 +1,132 @@
+"""The architectures that the packed encoder covers, described by data: where each part of the model is, and its form.
+
+Nothing here runs a model. ``examine.py`` checks that a model is what its description says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Paths are attribute paths, from the model or from one of its layers; an empty one stands for "has none".
+
+    Attributes:
+        model_type: name in transformers, also that of the module that defines it.
+        model_class: class of the base model.
+        output_class: what its ``forward`` returns.
+        words, positions, token_types, embedding_norm: the embedding tables and their norm.
+        padding_idx: where positions start after this number, which tokens equal to it keep as their position.
+        projection: from the embedding size to the hidden size; a model may lack it where the two are equal.
+        attention_bias: module with the relative position bias.
+        layers: list of the layers; what follows is in each of them.
+        qkv: query, key and value, or the one that holds all three.
+        pre_norm: the norms stand before the two parts of a layer, and one after the last layer.
+        gated: the first half of `up` goes through the activation and multiplies the second.
+        rotary: positions turn queries and keys; some layers see a window only.
+    """
+
+    model_type: str
+    model_class: str
+    output_class: str = "BaseModelOutputWithPoolingAndCrossAttentions"
+    words: str = "embeddings.word_embeddings"
+    positions: str = "embeddings.position_embeddings"
+    token_types: str = "embeddings.token_type_embeddings"
+    embedding_norm: str = "embeddings.LayerNorm"
+    padding_idx: str = ""
+    projection: str = ""
+    attention_bias: str = ""
+    layers: str = "encoder.layer"
+    qkv: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
+    output: str = "attention.output.dense"
+    attention_norm: str = "attention.output.LayerNorm"
+    up: str = "intermediate.dense"
+    activation: str = "intermediate.intermediate_act_fn"
+    down: str = "output.dense"
+    feed_forward_norm: str = "output.LayerNorm"
+    final_norm: str = ""
+    pre_norm: bool = False
+    gated: bool = False
+    rotary: bool = False
+
+    @property
+    def module(self) -> str:
+        """The Python module that defines the model and its parts."""
+        name = self.model_type.replace("-", "_")
+        return f"transformers.models.{name}.modeling_{name}"
+
+
+_BERT = Architecture("bert", "BertModel")
+_ROBERTA = replace(_BERT, model_type="roberta", model_class="RobertaModel", padding_idx="embeddings.padding_idx")
+
+ARCHITECTURES = (
+    _BERT,
+    _ROBERTA,
+    replace(_ROBERTA, model_type="xlm-roberta", model_class="XLMRobertaModel"),
+    replace(_ROBERTA, model_type="camembert", model_class="CamembertModel"),
+    replace(
+        _BERT,
+        model_type="electra",
+        model_class="ElectraModel",
+        output_class="BaseModelOutputWithPastAndCrossAttentions",
+        projection="embeddings_project",
+    ),
+    Architecture(
+        "distilbert",
+        "DistilBertModel",
+        output_class="BaseModelOutput",
+        token_types="",
+        layers="transformer.layer",
+        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        output="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        up="ffn.lin1",
+        activation="ffn.activation",
+        down="ffn.lin2",
+        feed_forward_norm="output_layer_norm",
+    ),
+    Architecture(
+        "mpnet",
+        "MPNetModel",
+        output_class="BaseModelOutputWithPooling",
+        token_types="",
+        padding_idx="embeddings.padding_idx",
+        attention_bias="encoder",
+        qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        output="attention.attn.o",
+        attention_norm="attention.LayerNorm",
+    ),
+    Architecture(
+        "modernbert",
+        "ModernBertModel",
+        output_class="BaseModelOutput",
+        words="embeddings.tok_embeddings",
+        positions="",
+        token_types="",
+        embedding_norm="embeddings.norm",
+        layers="layers",
+        qkv=("attn.Wqkv",),
+        output="attn.Wo",
+        attention_norm="attn_norm",
+        up="mlp.Wi",
+        activation="mlp.act",
+        down="mlp.Wo",
+        feed_forward_norm="mlp_norm",
+        final_norm="final_norm",
+        pre_norm=True,
+        gated=True,
+        rotary=True,
+    ),
+)
+MODEL_TYPES = tuple(architecture.model_type for architecture in ARCHITECTURES)
+_BY_CLASS = {(architecture.module, architecture.model_class): architecture for architecture in ARCHITECTURES}
+
+
+def architecture_of(cls: type) -> tuple[Architecture, type] | None:
+    """The description of a model's class and the class of transformers itself, of which it may be a subclass."""
+    for base in cls.__mro__:
+        found = _BY_CLASS.get((base.__module__, base.__name__))
+        if found is not None:
+            return found, base
+    return None

@@ -1,0 +1,323 @@
+"""The packed encoder of one model: found in a side table, checked at every call, packed again when weights change."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sentfast import native
+from sentfast.encoder import choice
+from sentfast.encoder.architecture import architecture_of
+from sentfast.encoder.examine import ATTENTION_IMPLEMENTATIONS, Parts, Refusal, examine
+from sentfast.encoder.structure import State, Structure, global_hooks, has_hooks
+from sentfast.encoder.weights import pack
+from sentfast.integrations import guards
+from sentfast.ops.encoder import encoder as operator
+from sentfast.reference import POOLING_MODES
+
+
+class Encoder:
+    """Runs a model's layers over packed sequences. Made by :func:`encoder_of`; holds nothing of the model but tensors.
+
+    Attributes:
+        architecture: model type of transformers.
+        hidden_size: width of the result.
+        vocabulary_size: rows of the word embeddings.
+        token_types: rows of the token type table, 0 if the architecture has none.
+        max_length: the longest sequence that the position table allows.
+        positions: rows of the position table.
+        padding_idx: the token id that does not count as a position, None if all do.
+        precision: "fp32" or "bf16": in what the products are computed.
+        dtype: that of the result.
+    """
+
+    def __init__(self, parts: Parts, compute_dtype: torch.dtype):
+        self.architecture = parts.architecture.model_type
+        self.hidden_size = parts.hidden_size
+        self.vocabulary_size = parts.words.weight.shape[0]
+        self.token_types = 0 if parts.token_types is None else parts.token_types.weight.shape[0]
+        self.positions = parts.length
+        self.max_length = parts.length - parts.position_offset
+        self.padding_idx = parts.padding_idx
+        self.precision = "bf16" if compute_dtype == torch.bfloat16 else "fp32"
+        self.dtype = parts.words.weight.dtype
+        self._words = parts.words.weight.detach().contiguous()
+        self._weights = pack(parts, compute_dtype)
+        windows = list(parts.windows) if any(window >= 0 for window in parts.windows) else []
+        self._form = (parts.heads, parts.activation, windows, parts.architecture.pre_norm, parts.architecture.gated)
+        self._offset, self._eps = parts.position_offset, parts.eps
+
+    def run(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        modes: Sequence[str] = (),
+        prompt_length: int = 0,
+        normalize: bool = False,
+        padded_length: int = 0,
+    ) -> Tensor:
+        """Token embeddings or pooled vectors of packed sequences.
+
+        Args:
+            input_ids: int32 [T] on the CPU.
+            cu_seqlens: int32 [B + 1], where each sequence starts, and T.
+            token_type_ids: int32 [T]; None: all 0.
+            position_ids: int32 [T]; None: as the model counts them.
+            modes: pooling modes (``reference.POOLING_MODES``), side by side in the result.
+            prompt_length: tokens at the start of each sequence that pooling leaves out.
+            normalize: pooled vectors have length 1.
+            padded_length: without modes, the length to which the result is padded.
+
+        Returns:
+            [B, len(modes) * H] with modes, [B, padded_length, H] with padded_length, else [T, H].
+
+        Raises:
+            IndexError: an id, token type or position is outside its table.
+            ValueError: an argument has another dtype, shape or device, or a sequence is too long.
+        """
+        self._check(input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
+        return self.run_unchecked(
+            input_ids, cu_seqlens, token_type_ids, position_ids, modes, prompt_length, normalize, padded_length
+        )
+
+    def run_unchecked(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        modes: Sequence[str] = (),
+        prompt_length: int = 0,
+        normalize: bool = False,
+        padded_length: int = 0,
+    ) -> Tensor:
+        """:meth:`run` for arguments that were checked, as those of :func:`pack_padded`."""
+        if position_ids is None and self.padding_idx is not None:
+            position_ids = self._count_positions(input_ids, cu_seqlens)
+        heads, activation, windows, pre_norm, gated = self._form
+        return operator(
+            self._words,
+            input_ids,
+            cu_seqlens,
+            token_type_ids if self.token_types else None,
+            position_ids,
+            self._weights,
+            heads,
+            activation,
+            windows,
+            pre_norm,
+            gated,
+            self._offset,
+            self._eps,
+            [POOLING_MODES.index(mode) for mode in modes],
+            prompt_length,
+            normalize,
+            padded_length,
+        )
+
+    def _count_positions(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None:
+        """Where a padding token stands inside a text, the tokens after it count on as if it were not there."""
+        padding = input_ids.numpy() == self.padding_idx
+        if not padding.any():
+            return None
+        counted = np.concatenate([[0], np.cumsum(~padding)])
+        ends = cu_seqlens.numpy()
+        before = np.repeat(counted[ends[:-1]], np.diff(ends))
+        positions = np.where(padding, self.padding_idx, counted[1:] - before + self.padding_idx)
+        return torch.from_numpy(positions.astype(np.int32))
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        modes: Sequence[str],
+        padded_length: int,
+    ) -> None:
+        _int32("input_ids", input_ids)
+        _int32("cu_seqlens", cu_seqlens)
+        ends, total = cu_seqlens.numpy(), input_ids.shape[0]
+        if len(ends) == 0 or ends[0] != 0 or ends[-1] != total or (ends[1:] < ends[:-1]).any():
+            raise ValueError(f"cu_seqlens: expected numbers that rise from 0 to {total}, got {ends.tolist()}")
+        longest = int(np.diff(ends).max(initial=0))
+        if longest > self.max_length:
+            raise ValueError(f"cu_seqlens: expected sequences of at most {self.max_length} tokens, got {longest}")
+        if padded_length and padded_length < longest:
+            raise ValueError(f"padded_length: expected at least {longest}, the longest sequence, got {padded_length}")
+        unknown = [mode for mode in modes if mode not in POOLING_MODES]
+        if unknown:
+            raise ValueError(f"modes: expected names of {POOLING_MODES}, got {unknown[0]!r}")
+        _in_table("input_ids", input_ids, self.vocabulary_size)
+        limits = {"token_type_ids": (token_type_ids, self.token_types), "position_ids": (position_ids, self.positions)}
+        for name, (ids, rows) in limits.items():
+            if ids is not None:
+                _int32(name, ids)
+                if ids.shape[0] != total:
+                    raise ValueError(f"{name}: expected {total} numbers as in input_ids, got {ids.shape[0]}")
+                if rows:
+                    _in_table(name, ids, rows)
+
+
+def _int32(name: str, x: Tensor) -> None:
+    if x.dtype != torch.int32 or x.ndim != 1 or not x.is_cpu or not x.is_contiguous():
+        got = f"{x.dtype} of shape {list(x.shape)} on {x.device}"
+        raise ValueError(f"{name}: expected contiguous int32 of one dimension on the CPU, got {got}")
+
+
+def _in_table(name: str, ids: Tensor, rows: int) -> None:
+    values = ids.numpy()
+    if len(values) and (values.min() < 0 or values.max() >= rows):
+        raise IndexError(f"{name}: expected numbers from 0 to {rows - 1}, got {values.min()} to {values.max()}")
+
+
+class _Entry:
+    """What is known of one model."""
+
+    def __init__(self, model: nn.Module):
+        self.structure = Structure(model)
+        self.found = examine(model)
+        self.state = State(self.structure.parameters) if isinstance(self.found, Parts) else None
+        self.encoders: dict[torch.dtype, Encoder] = {}
+
+    def current(self) -> bool:
+        if not (self.structure.same_parts() and self.structure.same_code()):
+            return False
+        return self.structure.same_kinds() if self.state is None else self.state.current()
+
+    def keeps_weights(self, newer: _Entry) -> bool:
+        """Only attributes have changed: the packed weights stay good."""
+        return self.state is not None and newer.state is not None and self.structure.same_parts() and self.state.current()
+
+
+_table: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+# Another thread may have held it at the fork.
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def _entry(model: nn.Module) -> _Entry:
+    entry = _table.get(model)
+    if entry is not None and entry.current():
+        return entry
+    with _lock:
+        entry = _table.get(model)
+        if entry is not None and entry.current():
+            return entry
+        new = _Entry(model)
+        if entry is not None and entry.keeps_weights(new):
+            new.encoders = entry.encoders
+        _table[model] = new
+        return new
+
+
+def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = False) -> Encoder | str:
+    """The encoder that computes what ``model(...)`` would compute now, or the reason code why there is none.
+
+    Args:
+        model: a base model of transformers, such as BertModel.
+        precision: "match", the model's dtype, or "bf16" (where the kernels in use have bfloat16 products).
+        inside: the call comes from the model's own ``forward``, so hooks on the model itself run anyway.
+    """
+    choice.check_precision(precision)
+    if architecture_of(type(model)) is None:
+        return "SF123"
+    if choice.is_off(model):
+        return "SF118"
+    reason = _reason_now(model, inside)
+    if reason:
+        return reason
+    entry = _entry(model)
+    if isinstance(entry.found, Refusal):
+        return entry.found.code
+    reason = entry.structure.refusal()
+    if reason:
+        return reason
+    if torch.is_grad_enabled() and entry.structure.requires_grad():
+        return "SF122"
+    dtype = compute_dtype(entry.found.words.weight.dtype, precision)
+    encoder = entry.encoders.get(dtype)
+    return _packed(entry, dtype) if encoder is None else encoder
+
+
+def _packed(entry: _Entry, dtype: torch.dtype) -> Encoder:
+    with _lock, torch.inference_mode(False), torch.no_grad():
+        if dtype not in entry.encoders:
+            assert isinstance(entry.found, Parts)
+            entry.encoders[dtype] = Encoder(entry.found, dtype)
+        return entry.encoders[dtype]
+
+
+def _reason_now(model: nn.Module, inside: bool) -> str:
+    """What can be said against this call without looking at the model's parts."""
+    if torch.compiler.is_compiling():
+        return "SF127"
+    if torch.is_autocast_enabled("cpu"):
+        return "SF116"
+    own: dict[str, Any] = vars(model)
+    if global_hooks():
+        return "SF120"
+    if not inside:
+        if own.get("_compiled_call_impl") is not None:
+            return "SF127"
+        if "forward" in own:
+            return "SF110"
+        if has_hooks([own]):
+            return "SF120"
+    config = vars(own["config"]) if "config" in own else {}
+    if config.get("_attn_implementation_internal") not in ATTENTION_IMPLEMENTATIONS:
+        return "SF124"
+    if config.get("is_decoder") or config.get("is_causal"):
+        return "SF125"
+    if config.get("_output_attentions") or config.get("output_hidden_states"):
+        return "SF121"
+    return guards.device("cpu")
+
+
+def refusal_of(model: nn.Module) -> Refusal | None:
+    """Why the model cannot be accelerated, as far as that does not depend on the single call. Packs nothing."""
+    found = _entry(model).found
+    if isinstance(found, Refusal):
+        return found
+    implementation = vars(vars(model)["config"]).get("_attn_implementation_internal")
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        return Refusal("SF124", repr(implementation))
+    hooked = [module for module in _entry(model).structure.inner if has_hooks([vars(module)])]
+    if hooked or has_hooks([vars(model)]):
+        return Refusal("SF120", f"on a {type(hooked[0] if hooked else model).__name__}")
+    reason = guards.device("cpu")
+    return Refusal(reason, native.why_no_cpu()) if reason else None
+
+
+def compute_dtype(dtype: torch.dtype, precision: str) -> torch.dtype:
+    """In what a model of this dtype multiplies: bfloat16 where that is asked for and the CPU has it."""
+    asked = precision == "bf16" or dtype == torch.bfloat16
+    return torch.bfloat16 if asked and has_bf16() else torch.float32
+
+
+def has_bf16() -> bool:
+    """Whether the CPU kernels in use multiply bfloat16."""
+    return native.state.cpu is not None and native.state.cpu.isa() == "avx512_bf16"
+
+
+def forget(model: nn.Module) -> None:
+    """Drops the packed weights."""
+    with _lock:
+        _table.pop(model, None)

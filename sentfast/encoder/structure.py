@@ -1,0 +1,114 @@
+"""What a model looked like when it was examined, compared in few steps at every call.
+
+The comparisons run over flat lists inside the interpreter's own loops: a model of 12 layers has 200 parameters, and
+one query of a small model takes less time than a loop over them in Python.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sentfast import native
+from sentfast.encoder.examine import inner_modules
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks = itemgetter(*_HOOKS)
+_hooks_and_training = itemgetter(*_HOOKS, "training")
+_version = attrgetter("_version")
+_kind = attrgetter("dtype", "device")
+_requires_grad = attrgetter("requires_grad")
+
+
+class Structure:
+    """The modules of a model, their classes and parameters. Holds the parts of the model, never the model itself."""
+
+    def __init__(self, model: nn.Module):
+        self.inner = [module for _, module in inner_modules(model)]
+        self.spaces = [vars(module) for module in self.inner]
+        everything = [vars(model), *self.spaces]
+        self.child_tables = [space["_modules"] for space in everything]
+        self.parameter_tables = [space["_parameters"] for space in self.spaces]
+        self.children = list(chain.from_iterable(map(dict.values, self.child_tables)))
+        self.slots = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
+        self.parameters = [parameter for parameter in self.slots if parameter is not None]
+        self.sizes = list(map(len, self.spaces))
+        self.types = list(map(type, self.inner))
+        self.classes = [type(model), *set(self.types)]
+        self.forwards = [cls.forward for cls in self.classes]
+        self.kinds = list(map(_kind, self.parameters))
+
+    def same_parts(self) -> bool:
+        """The modules and parameters are the same objects."""
+        children = list(chain.from_iterable(map(dict.values, self.child_tables)))
+        slots = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
+        if len(children) != len(self.children) or len(slots) != len(self.slots):
+            return False
+        return all(map(is_, children, self.children)) and all(map(is_, slots, self.slots))
+
+    def same_code(self) -> bool:
+        """No class was changed, no attribute such as ``forward`` was set on a module."""
+        return (
+            list(map(len, self.spaces)) == self.sizes
+            and list(map(type, self.inner)) == self.types
+            and [cls.forward for cls in self.classes] == self.forwards
+        )
+
+    def same_kinds(self) -> bool:
+        """Dtypes and devices, for a model of which nothing else is known."""
+        return list(map(_kind, self.parameters)) == self.kinds
+
+    def refusal(self) -> str:
+        """The reason code of hooks on inner modules, or of dropout in training mode."""
+        if not any(chain.from_iterable(map(_hooks_and_training, self.spaces))):
+            return ""
+        if has_hooks(self.spaces):
+            return "SF120"
+        training = any(space["training"] for space in self.spaces)
+        dropout = any(vars(module)["p"] > 0 for module in self.inner if isinstance(module, nn.Dropout))
+        return "SF122" if training and dropout else ""
+
+    def requires_grad(self) -> bool:
+        return any(map(_requires_grad, self.parameters))
+
+
+def has_hooks(spaces: list[dict[str, Any]]) -> bool:
+    """Hooks that do something. Those that transformers leaves behind to record outputs sleep until it asks."""
+    hooks = chain.from_iterable(map(dict.values, chain.from_iterable(map(_hooks, spaces))))
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+class State:
+    """The memory of a model's parameters: where it is, and what tells whether it was written to."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters
+        # Tensors made in inference mode count no versions.
+        self.counted = [parameter for parameter in parameters if not parameter.is_inference()]
+        self.bytes = [parameter.numel() * parameter.element_size() for parameter in parameters]
+        self.pointers = list(map(Tensor.data_ptr, parameters))
+        self.versions = list(map(_version, self.counted))
+        self.print = _fingerprint(self.pointers, self.bytes)
+
+    def current(self) -> bool:
+        pointers = list(map(Tensor.data_ptr, self.parameters))
+        return (
+            pointers == self.pointers
+            and list(map(_version, self.counted)) == self.versions
+            and _fingerprint(pointers, self.bytes) == self.print
+        )
+
+
+def _fingerprint(pointers: list[int], sizes: list[int]) -> int:
+    """Hash of a few words of each tensor: writing through ``.data`` changes neither address nor version."""
+    function = getattr(native.state.cpu, "fingerprint", None)
+    return 0 if function is None else function(pointers, sizes)
+
+
+def global_hooks() -> bool:
+    """Hooks on every module of the process, as profilers set them."""
+    return torch.nn.modules.module._has_any_global_hook()

@@ -1,0 +1,123 @@
+"""The operator's `weights` list, made of the model's own parameters.
+
+Tables, norms and biases in the right dtype are the parameters themselves. Only the matrices are copied, into panels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sentfast.encoder.examine import LayerParts, Parts
+from sentfast.reference import PANEL, Embedding, Layer
+
+
+def pack(parts: Parts, compute_dtype: torch.dtype) -> list[Tensor]:
+    """compute_dtype: float32 or bfloat16, that of the panels."""
+    head = Embedding(
+        positions=_table(parts.positions),
+        token_types=_table(parts.token_types),
+        norm_weight=_float(parts.embedding_norm.weight),
+        norm_bias=_float(parts.embedding_norm.bias),
+        projection_weight=_empty() if parts.projection is None else panels([parts.projection.weight], compute_dtype),
+        projection_bias=_empty() if parts.projection is None else _bias([parts.projection], always=True),
+        attention_bias=_attention_bias(parts),
+        rotary=_rotary(parts),
+        final_norm_weight=_empty() if parts.final_norm is None else _float(parts.final_norm.weight),
+        final_norm_bias=_empty() if parts.final_norm is None else _float(parts.final_norm.bias),
+    )
+    weights = list(head)
+    for layer in parts.layers:
+        weights += _layer(layer, compute_dtype)
+    return weights
+
+
+def panels(pieces: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """``reference.pack_panels`` of the pieces' rows one below the other, in `dtype`.
+
+    Panel by panel: a transposition of 64 rows stays in the cache, which makes it several times as fast as one of the
+    whole matrix.
+    """
+    if len(pieces) > 1 and any(piece.shape[0] % PANEL for piece in pieces):
+        pieces = [torch.cat([piece.detach() for piece in pieces])]
+    columns = pieces[0].shape[1]
+    count = -(-sum(piece.shape[0] for piece in pieces) // PANEL)
+    if dtype == torch.bfloat16:
+        packed = torch.zeros(count, -(-columns // 2), PANEL, 2, dtype=dtype)
+        flat = packed.view(torch.int32).squeeze(-1)  # a pair of columns is one word
+    else:
+        packed = flat = torch.zeros(count, columns, PANEL, dtype=dtype)
+    index = 0
+    for piece in pieces:
+        rows = piece.detach().to(dtype)
+        if dtype == torch.bfloat16:
+            rows = nn.functional.pad(rows, (0, columns % 2)) if columns % 2 else rows.contiguous()
+            rows = rows.view(torch.int32)
+        for start in range(0, rows.shape[0], PANEL):
+            block = rows[start : start + PANEL]
+            flat[index, :, : block.shape[0]].copy_(block.t())
+            index += 1
+    return packed
+
+
+def _layer(layer: LayerParts, compute_dtype: torch.dtype) -> Layer:
+    first, second = layer.attention_norm, layer.feed_forward_norm
+    return Layer(
+        qkv_weight=panels([linear.weight for linear in layer.qkv], compute_dtype),
+        qkv_bias=_bias(layer.qkv),
+        output_weight=panels([layer.output.weight], compute_dtype),
+        output_bias=_bias([layer.output]),
+        attention_norm_weight=_empty() if first is None else _float(first.weight),
+        attention_norm_bias=_empty() if first is None else _float(first.bias),
+        up_weight=panels([layer.up.weight], compute_dtype),
+        up_bias=_bias([layer.up]),
+        down_weight=panels([layer.down.weight], compute_dtype),
+        down_bias=_bias([layer.down]),
+        feed_forward_norm_weight=_float(second.weight),
+        feed_forward_norm_bias=_float(second.bias),
+    )
+
+
+def _empty() -> Tensor:
+    return torch.empty(0)
+
+
+def _table(embedding: nn.Embedding | None) -> Tensor:
+    return _empty() if embedding is None else embedding.weight.detach().contiguous()
+
+
+def _float(parameter: Tensor | None) -> Tensor:
+    return _empty() if parameter is None else parameter.detach().float().contiguous()
+
+
+def _bias(linears: list[nn.Linear] | tuple[nn.Linear, ...], always: bool = False) -> Tensor:
+    """Side by side, zeros for one that has none; empty if none has one, unless it must be there."""
+    if len(linears) == 1 and linears[0].bias is not None:
+        return _float(linears[0].bias)
+    if not always and all(linear.bias is None for linear in linears):
+        return _empty()
+    zeros = [torch.zeros(linear.out_features) for linear in linears]
+    return torch.cat([_float(x.bias) if x.bias is not None else zero for x, zero in zip(linears, zeros, strict=True)])
+
+
+def _attention_bias(parts: Parts) -> Tensor:
+    """[heads, 2 * R - 1] for sequences of up to R tokens, by the model's own rule of buckets."""
+    if parts.bias is None:
+        return _empty()
+    longest = parts.length - parts.position_offset
+    distance = torch.arange(1 - longest, longest)
+    table = parts.bias.relative_attention_bias.weight.detach().float()
+    return table[parts.bias.relative_position_bucket(distance)].t().contiguous()
+
+
+def _rotary(parts: Parts) -> Tensor:
+    """[2, P, head size] by the model's own rule of angles; a cosine and its twin in the other half are the same."""
+    if not parts.rotary:
+        return _empty()
+    positions = torch.arange(parts.length).unsqueeze(0)
+    half = parts.hidden_size // parts.heads // 2
+    tables = []
+    for angles in parts.rotary:
+        cosines, sines = angles(positions)
+        tables.append(torch.cat([cosines[0, :, :half], sines[0, :, :half]], dim=-1).float())
+    return torch.stack(tables)

@@ -1,0 +1,258 @@
+"""What runs in place of the loop of ``SentenceTransformer.encode``.
+
+Texts are tokenised ahead in one thread, sorted by tokens within a window, cut into batches by a budget of tokens and
+run without padding; each batch goes to its rows of the one output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sentfast import functional
+from sentfast.integrations import guards, pipeline, tokenize
+from sentfast.integrations.ahead import ahead
+from sentfast.integrations.pipeline import Pipeline
+from sentfast.integrations.versions import Version
+
+# Tokens per batch: enough work for every thread, small enough for the caches and for memory.
+TOKENS = 8192
+# Texts tokenised at a time. The first window is small: until it is there, nothing can be computed.
+_FIRST_WINDOW, _WINDOW = 512, 4096
+# As many texts are tokenised sooner than a thread is started.
+_AT_ONCE = 64
+_NO_LIMIT = 2**62
+
+
+class _UnfitError(Exception):
+    """An input turns out to be nothing for the fused path; the argument is the reason code."""
+
+
+class Batch(NamedTuple):
+    """Packed texts, the rows of the output that they are for, and the fewest and most tokens of a text."""
+
+    rows: np.ndarray
+    ids: Tensor
+    cu_seqlens: Tensor
+    types: Tensor | None
+    shortest: int
+    longest: int
+
+
+# The model that `encode` runs for, and whether its caller has passed batch_size.
+_call: ContextVar[tuple[Any, bool] | None] = ContextVar("sentfast_encode_call", default=None)
+_BATCH_SIZE_POSITION = 4
+
+
+@contextmanager
+def batch_size_noted(version: Version, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Around `encode`, `encode_query` and `encode_document`, which hand down 32 as if it had been asked for."""
+    outer = _call.get()
+    model = args[0] if args else None
+    if outer is not None and outer[0] is model:
+        yield
+        return
+    token = _call.set((model, "batch_size" in kwargs or len(args) > _BATCH_SIZE_POSITION))
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+def _most_rows(model: Any, batch_size: int) -> int:
+    call = _call.get()
+    return _NO_LIMIT if call is not None and call[0] is model and not call[1] else batch_size
+
+
+def inference(
+    version: Version,
+    model: Any,
+    inputs: list,
+    *,
+    prompt: str | None,
+    batch_size: int,
+    show_progress_bar: bool,
+    output_value: str | None,
+    save_to_cpu: bool,
+    normalize_embeddings: bool,
+    truncate_dim: int | None,
+    device: Any = None,
+    **kwargs: Any,
+) -> Tensor | str:
+    """The embeddings [N, D], or the reason code why the original loop has to run."""
+    reason = _why_not_call(model, inputs, output_value, device, kwargs)
+    if reason:
+        return reason
+    with torch.inference_mode():
+        found = pipeline.find_evaluated(version, model)
+        if isinstance(found, str):
+            return found
+        if not inputs:
+            return torch.tensor([])
+        steps = _steps(found, prompt, normalize_embeddings, truncate_dim)
+        tokenizer = tokenize.Tokenizer(found.transformer.processor, _max_length(found.transformer, kwargs), prompt)
+        try:
+            return _run(tokenizer, inputs, _most_rows(model, batch_size), steps, batch_size if show_progress_bar else 0)
+        except _UnfitError as unfit:
+            return unfit.args[0]
+
+
+def _why_not_call(model: Any, inputs: list, output_value: str | None, device: Any, kwargs: dict[str, Any]) -> str:
+    if output_value != pipeline.EMBEDDING or not kwargs.keys() <= {"task"} or any((model.module_kwargs or {}).values()):
+        return "SF107"
+    if device is not None and torch.device(device).type != "cpu":
+        return "SF103"
+    if model._placement_is_delegated:
+        return "SF103"
+    if device is not None and model.device.type != "cpu":
+        model._resolve_inference_device(device)
+    if torch.is_autocast_enabled("cpu"):
+        return "SF116"
+    return guards.device("cpu") or tokenize.why_not_texts(inputs)
+
+
+def _max_length(transformer: Any, kwargs: dict[str, Any]) -> int | None:
+    task = kwargs.get("task")
+    if task == "query":
+        return transformer.query_length
+    return transformer.document_length if task == "document" else None
+
+
+def _steps(
+    found: Pipeline, prompt: str | None, normalize_embeddings: bool, truncate_dim: int | None
+) -> Callable[[Batch], Tensor]:
+    """From a batch to its embeddings."""
+    excluded = tokenize.prompt_length(found.transformer, prompt) if prompt and found.excludes_prompt else 0
+    longest = found.encoder.max_length
+    last = normalize_embeddings and truncate_dim is None and not found.tail
+    fused = found.normalizes or last
+
+    def run(batch: Batch) -> Tensor:
+        if not 0 < batch.shortest <= batch.longest <= longest:
+            raise _UnfitError("SF107" if batch.shortest == 0 else "SF126")
+        try:
+            x = found.encoder.run(
+                batch.ids,
+                batch.cu_seqlens,
+                token_type_ids=batch.types,
+                modes=found.modes,
+                prompt_length=excluded,
+                normalize=fused,
+            )
+        except IndexError:  # a number outside its table: the original code has its own error
+            raise _UnfitError("SF126") from None
+        if found.tail:
+            x = found.run_tail(x)
+        if truncate_dim is not None:
+            x = x[..., :truncate_dim]
+        return functional.l2_normalize(x) if normalize_embeddings and not last else x
+
+    return run
+
+
+def _run(
+    tokenizer: tokenize.Tokenizer, texts: list, most_rows: int, steps: Callable[[Batch], Tensor], progress_step: int
+) -> Tensor:
+    """progress_step: texts per step of the progress bar, 0 for none."""
+    if len(texts) <= min(_AT_ONCE, most_rows) and not progress_step:
+        tokens = tokenizer(texts)
+        if len(texts) == 1 or tokens.lengths.sum() <= TOKENS:
+            return steps(_whole(tokens))
+        windows: Iterator[tuple[int, tokenize.Tokens]] = iter([(0, tokens)])
+        return _fill(len(texts), windows, most_rows, steps, _no_progress)
+    windows = tokenizer.windows(texts, itertools.chain([_FIRST_WINDOW], itertools.repeat(_WINDOW)))
+    with _progress(len(texts), progress_step) as advance:
+        if len(texts) <= _AT_ONCE:
+            return _fill(len(texts), windows, most_rows, steps, advance)
+        with closing(ahead(windows)) as windows:
+            return _fill(len(texts), windows, most_rows, steps, advance)
+
+
+def _fill(
+    count: int,
+    windows: Iterator[tuple[int, tokenize.Tokens]],
+    most_rows: int,
+    steps: Callable[[Batch], Tensor],
+    advance: Callable[[int], None],
+) -> Tensor:
+    out: Tensor | None = None
+    for start, tokens in windows:
+        for batch in _batches(tokens, most_rows):
+            x = steps(batch)
+            if out is None:
+                out = x.new_empty(count, x.shape[1])
+            out[torch.from_numpy(batch.rows + start)] = x
+            advance(len(batch.rows))
+    assert out is not None
+    return out
+
+
+def _whole(tokens: tokenize.Tokens) -> Batch:
+    """All of it as one batch, in the order that it has."""
+    return _batch(np.empty(0, np.int64), tokens.ids, tokens.types, tokens.lengths)
+
+
+def _batches(tokens: tokenize.Tokens, most_rows: int) -> Iterator[Batch]:
+    """Long texts first, so that those of a batch have much the same length."""
+    lengths = tokens.lengths
+    starts = lengths.cumsum() - lengths
+    order = (-lengths).argsort(kind="stable")
+    ends = lengths[order].cumsum()
+    first = 0
+    while first < len(order):
+        before = ends[first] - lengths[order[first]]
+        last = int(ends.searchsorted(before + TOKENS, side="right"))
+        last = min(max(last, first + 1), first + most_rows)
+        rows = order[first:last]
+        yield _gather(tokens, rows, starts[rows], lengths[rows])
+        first = last
+
+
+def _gather(tokens: tokenize.Tokens, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Batch:
+    packed = lengths.cumsum() - lengths
+    index = np.arange(lengths.sum()) + np.repeat(starts - packed, lengths)
+    types = None if tokens.types is None else tokens.types[index]
+    return _batch(rows, tokens.ids[index], types, lengths)
+
+
+def _batch(rows: np.ndarray, ids: np.ndarray, types: np.ndarray | None, lengths: np.ndarray) -> Batch:
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    lengths.cumsum(out=cu_seqlens[1:])
+    return Batch(
+        rows,
+        torch.from_numpy(ids),
+        torch.from_numpy(cu_seqlens),
+        None if types is None else torch.from_numpy(types),
+        int(lengths.min()),
+        int(lengths.max()),
+    )
+
+
+def _no_progress(count: int) -> None:
+    pass
+
+
+@contextmanager
+def _progress(count: int, step: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that counts batches of `step` texts, as the original's does; none for 0."""
+    if not step:
+        yield _no_progress
+        return
+    from tqdm.autonotebook import tqdm
+
+    done = 0
+    with tqdm(total=-(-count // step), desc="Batches") as bar:
+
+        def advance(texts: int) -> None:
+            nonlocal done
+            done += texts
+            bar.update((bar.total if done == count else done // step) - bar.n)
+
+        yield advance

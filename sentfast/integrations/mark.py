@@ -1,0 +1,17 @@
+"""Before ``Transformer.forward``: its base model is allowed to run packed, and the original runs as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sentfast.integrations.versions import Version
+
+
+def before_forward(version: Version, module: Any, *args: Any, **kwargs: Any) -> None:
+    """All bookkeeping stays with the original, which calls the base model's patched ``forward``."""
+    from sentfast.integrations import transformers
+
+    if isinstance(module.auto_model, torch.nn.Module):
+        transformers.mark(module.auto_model)

@@ -1,0 +1,179 @@
+"""What runs in place of ``BertModel.forward`` and its kin, for the models that are marked; the others never see it.
+
+A class is patched when its first model is marked.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from sentfast import switch
+from sentfast.encoder import choice, encoder_of, pack_padded
+from sentfast.encoder.architecture import Architecture, architecture_of
+from sentfast.integrations import guards
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_OUTPUTS = ("output_attentions", "output_hidden_states")
+
+_marked: WeakSet[nn.Module] = WeakSet()
+
+
+class Signature(NamedTuple):
+    """Of the original: names in order of position, and whether it takes others."""
+
+    names: tuple[str, ...]
+    more: bool
+
+
+def mark(model: nn.Module) -> None:
+    """Lets calls of a base model run packed; one that cannot runs the original and is counted."""
+    if model in _marked or choice.is_off(model):
+        return
+    site = _site(type(model))
+    if site is not None:
+        _marked.add(model)
+        switch.add(site)
+
+
+def unmark(model: nn.Module) -> None:
+    """Undoes :func:`mark`; the class is as before when none of its models is marked any more."""
+    _marked.discard(model)
+    found = architecture_of(type(model))
+    site = _site(type(model))
+    if found is not None and site is not None and not any(isinstance(other, found[1]) for other in list(_marked)):
+        switch.remove(site)
+
+
+def is_marked(model: nn.Module) -> bool:
+    return model in _marked
+
+
+def _site(cls: type) -> switch.Site | None:
+    found = architecture_of(cls)
+    if found is None:
+        return None
+    architecture, owner = found
+    return switch.Site(f"{owner.__name__}.forward", owner, "forward", functools.partial(_build, architecture))
+
+
+def _build(architecture: Architecture, original: Callable) -> Callable:
+    parameters = list(inspect.signature(original).parameters.values())[1:]
+    signature = Signature(
+        tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD),
+        any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters),
+    )
+    attempt = functools.partial(_forward, architecture, signature)
+    accelerated = guards.accelerated(f"{architecture.model_class}.forward", original, attempt)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self not in _marked:
+            return original(self, *args, **kwargs)
+        return accelerated(self, *args, **kwargs)
+
+    setattr(forward, guards.MARK, True)
+    return forward
+
+
+def _forward(architecture: Architecture, signature: Signature, model: Any, *args: Any, **kwargs: Any) -> Any:
+    arguments = _arguments(signature, args, kwargs)
+    if isinstance(arguments, str):
+        return arguments
+    form = _form(model, arguments)
+    if isinstance(form, str):
+        return form
+    encoder = encoder_of(model, choice.chosen(model) or "match", inside=True)
+    if isinstance(encoder, str):
+        return encoder
+    packed = pack_padded(encoder, *(arguments.get(name) for name in _INPUTS))
+    if isinstance(packed, str):
+        return packed
+    *tensors, length = packed
+    hidden = encoder.run_unchecked(*tensors, padded_length=length)
+    return _outputs(architecture, model, hidden, form)
+
+
+def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | str:
+    """By name; a call that the original refuses, or whose arguments we do not know, is for the original."""
+    names, more = signature
+    arguments = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or not arguments.keys().isdisjoint(kwargs):
+        return "SF107"
+    arguments.update(kwargs)
+    for name, value in arguments.items():
+        known = name in (*_INPUTS, *_OUTPUTS, "return_dict")
+        if name not in names and not (more and known):
+            return "SF107"
+        if value and name in _OUTPUTS:
+            return "SF121"
+        if value is not None and value is not False and not known:
+            return "SF107"
+    return arguments
+    form = _form(model, arguments)
+    if isinstance(form, str):
+        return form
+    encoder = encoder_of(model, choice.chosen(model) or "match", inside=True)
+    if isinstance(encoder, str):
+        return encoder
+    packed = pack_padded(encoder, *(arguments.get(name) for name in _INPUTS))
+    if isinstance(packed, str):
+        return packed
+    *tensors, length = packed
+    hidden = encoder.run_unchecked(*tensors, padded_length=length)
+    return _outputs(architecture, model, hidden, form)
+
+
+def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | str:
+    """By name; a call that the original refuses, or whose arguments we do not know, is for the original."""
+    names, more = signature
+    arguments = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or not arguments.keys().isdisjoint(kwargs):
+        return "SF107"
+    arguments.update(kwargs)
+    for name, value in arguments.items():
+        if name in _OUTPUTS:
+            if value:
+                return "SF121"
+        elif name not in names and not (more and name in (*_INPUTS, "return_dict")):
+            return "SF107"
+        elif name not in (*_INPUTS, "return_dict") and value:
+            return "SF107"
+        elif name in _OUTPUTS and name not in names and not more:
+            return "SF107"
+    return arguments
+
+
+def _form(model: Any, arguments: dict[str, Any]) -> bool | str:
+    """Whether the outputs come as an object; else as a tuple."""
+    by_default = getattr(model.config, "return_dict", True) and not getattr(model.config, "torchscript", False)
+    asked = arguments.get("return_dict")
+    # The versions of transformers read None and a missing pooler differently.
+    if asked is None and not by_default:
+        return "SF121"
+    as_object = by_default if asked is None else bool(asked)
+    if not as_object and getattr(model, "pooler", model) is None:
+        return "SF121"
+    return as_object
+
+
+def _outputs(architecture: Architecture, model: Any, hidden: Tensor, as_object: bool) -> Any:
+    values = {"last_hidden_state": hidden}
+    pooler = getattr(model, "pooler", None)
+    if pooler is not None:
+        values["pooler_output"] = pooler(hidden)
+    if not as_object:
+        return tuple(values.values())
+    return _output_class(architecture.output_class)(**values)
+
+
+@functools.cache
+def _output_class(name: str) -> type:
+    return getattr(importlib.import_module("transformers.modeling_outputs"), name)
