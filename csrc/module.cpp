@@ -1,9 +1,10 @@
-// The Python module `sentfast._C`: reads and sets the instruction set, measures its peak. No tensors here; importing
-// the module registers the operators' CPU kernels with PyTorch.
+// The Python module `sentfast._C`: reads and sets the instruction set, measures its speed, fingerprints memory. No
+// tensors here; importing the module registers the operators' CPU kernels with PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,20 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+// GFLOP/s of calls to run(), each of which returns what it did, for about `seconds`.
+template <class F>
+double rate(double seconds, F run) {
+  const py::gil_scoped_release release;
+  using clock = std::chrono::steady_clock;
+  const auto start = clock::now();
+  double flops = 0, elapsed = 0;
+  while (elapsed < seconds) {
+    flops += run();
+    elapsed = std::chrono::duration<double>(clock::now() - start).count();
+  }
+  return flops / elapsed * 1e-9;
+}
+
 // GFLOP/s of one thread in a loop of independent multiply-adds on registers.
 double peak_flops(const std::string& dtype, double seconds) {
   double (*run)(int64_t) = nullptr;
@@ -34,15 +49,45 @@ double peak_flops(const std::string& dtype, double seconds) {
   }
   if (run == nullptr)
     throw py::value_error("dtype: " + std::string(isa_name(isa())) + " has no multiply-add of " + dtype);
-  const py::gil_scoped_release release;
-  using clock = std::chrono::steady_clock;
-  const auto start = clock::now();
-  double flops = 0, elapsed = 0;
-  while (elapsed < seconds) {
-    flops += run(int64_t{1} << 16);
-    elapsed = std::chrono::duration<double>(clock::now() - start).count();
+  return rate(seconds, [run] { return run(int64_t{1} << 16); });
+}
+
+// GFLOP/s of one thread in a linear layer with a bias, on operands of its own.
+double linear_gflops(const std::string& dtype, int64_t rows, int64_t columns, int64_t depth, double seconds) {
+  if (dtype != "float32" && dtype != "bfloat16") {
+    throw py::value_error("dtype: expected float32 or bfloat16, got " + dtype);
   }
-  return flops / elapsed * 1e-9;
+  if (rows < 1 || columns < 1 || depth < 2 || depth % 2 != 0) {
+    throw py::value_error("rows, columns, depth: expected positive sizes and an even depth");
+  }
+  const bool pairs = dtype == "bfloat16";
+  const int64_t panels = (columns + kPanel - 1) / kPanel, element = pairs ? 2 : 4;
+  std::vector<float> x(static_cast<size_t>(rows * depth * element / 4)),
+      weight(static_cast<size_t>(panels * kPanel * depth * element / 4)), bias(static_cast<size_t>(columns)),
+      sums(static_cast<size_t>((rows + 7) / 8 * 8 * kPanel)), y(static_cast<size_t>(rows * columns));
+  const Linear p = {columns, depth, x.data(), depth, weight.data(), bias.data(), kIdentity, y.data(), columns};
+  const LinearFn run = kernels().linear_float32[pairs ? 1 : 0];
+  return rate(seconds, [&] {
+    run(p, {0, rows, 0, panels, sums.data()});
+    return 2.0 * static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(depth);
+  });
+}
+
+// A hash of a few words of each piece of memory, which changes where the whole piece does: cheap enough for every call.
+uint64_t fingerprint(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes) {
+  constexpr int64_t samples = 8;
+  if (pointers.size() != sizes.size()) throw py::value_error("sizes: expected one per pointer");
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (size_t i = 0; i < pointers.size(); ++i) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(pointers[i]);
+    const int64_t words = sizes[i] / 4;
+    for (int64_t k = 0; k < samples && k < words; ++k) {
+      uint32_t word;
+      std::memcpy(&word, bytes + (words <= samples ? k : (words - 1) * k / (samples - 1)) * 4, 4);
+      hash = (hash ^ word) * 0x100000001b3ull;
+    }
+  }
+  return hash;
 }
 
 }  // namespace
@@ -52,5 +97,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"));
   m.def("supported_isas", &supported_isas);
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds"));
+  m.def("linear_gflops", &linear_gflops, py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
+        py::arg("seconds"));
+  m.def("fingerprint", &fingerprint, py::arg("pointers"), py::arg("sizes"));
   isa();  // an unusable SENTFAST_CPU_ISA is an error at import, not at the first call
 }

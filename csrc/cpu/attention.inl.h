@@ -174,9 +174,8 @@ void strip(const Attention& p, const Head<Step>& h, int64_t row, typename Step::
     last = row + R + p.window < h.length ? row + R + p.window : h.length;
   }
   for (int64_t key = first; key < last; key += kTileColumns) {
-    gemm::with_vectors((last - key + Vec::lanes - 1) / Vec::lanes, [&](auto v) SENTFAST_INLINE {
-      score_tile<Step, R, decltype(v)::value>(p, h, row, key);
-    });
+    gemm::with_vectors((last - key + Vec::lanes - 1) / Vec::lanes,
+                       [&](auto v) SENTFAST_INLINE { score_tile<Step, R, decltype(v)::value>(p, h, row, key); });
   }
   const int64_t whole = (last + Step::depth - 1) / Step::depth * Step::depth;
   float sums[R];
@@ -207,9 +206,8 @@ void attention(const Attention& p, int64_t begin, int64_t end, void* memory) {
     const int64_t first_out = p.first_row_only ? sequence : p.cu_seqlens[sequence];
     auto* out = static_cast<typename Step::Element*>(p.out) + first_out * hidden + h.head * p.head_dim;
     for (int64_t row = 0; row < queries; row += kRows) {
-      gemm::with_rows(queries - row, [&](auto r) SENTFAST_INLINE {
-        strip<Step, decltype(r)::value>(p, h, row, out + row * hidden);
-      });
+      gemm::with_rows(queries - row,
+                      [&](auto r) SENTFAST_INLINE { strip<Step, decltype(r)::value>(p, h, row, out + row * hidden); });
     }
   }
 }

@@ -120,9 +120,9 @@ class Reader {
     const Tensor& x = at(i);
     *rows = 0;
     if (x.numel() == 0) return nullptr;
-    STD_TORCH_CHECK(
-        x.is_cpu() && x.is_contiguous() && x.dim() == 2 && x.size(1) == columns && x.scalar_type() == dtype,
-        "weights[", i, "]: expected a contiguous CPU table of ", columns, " columns in the dtype of word_embeddings");
+    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() == 2 && x.size(1) == columns && x.scalar_type() == dtype,
+                    "weights[", i, "]: expected a contiguous CPU table of ", columns,
+                    " columns in the dtype of word_embeddings");
     *rows = x.size(0);
     return x.const_data_ptr();
   }
@@ -150,9 +150,8 @@ Layer read_layer(const Model& m, const Reader& r, int64_t first, int64_t window)
 Model read_model(const Tensor& words, const std::vector<Tensor>& weights, int64_t heads, int64_t activation,
                  const std::vector<int64_t>& windows, bool pre_norm, bool gated, double eps) {
   const auto count = static_cast<int64_t>(weights.size());
-  STD_TORCH_CHECK(count > kEmbeddingTensors && (count - kEmbeddingTensors) % kLayerTensors == 0,
-                  "weights: expected ", int{kEmbeddingTensors}, " tensors and ", int{kLayerTensors},
-                  " for each layer, got ", count);
+  STD_TORCH_CHECK(count > kEmbeddingTensors && (count - kEmbeddingTensors) % kLayerTensors == 0, "weights: expected ",
+                  int{kEmbeddingTensors}, " tensors and ", int{kLayerTensors}, " for each layer, got ", count);
   const int64_t layers = (count - kEmbeddingTensors) / kLayerTensors;
   STD_TORCH_CHECK(windows.empty() || static_cast<int64_t>(windows.size()) == layers,
                   "windows: expected none or one per layer");
@@ -216,8 +215,8 @@ struct Batch {
 };
 
 const int32_t* read_ids(const Tensor& x, const char* name, int64_t count, int64_t limit) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() == 1 && x.scalar_type() == ScalarType::Int,
-                  name, ": expected a contiguous int32 CPU tensor of one dimension");
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() == 1 && x.scalar_type() == ScalarType::Int, name,
+                  ": expected a contiguous int32 CPU tensor of one dimension");
   STD_TORCH_CHECK(count < 0 || x.numel() == count, name, ": expected ", count, " elements, got ", x.numel());
   const auto* ids = static_cast<const int32_t*>(x.const_data_ptr());
   for (int64_t i = 0; limit >= 0 && i < x.numel(); ++i) {
@@ -255,8 +254,8 @@ Batch read_batch(const Model& m, const Tensor& input_ids, const Tensor& cu_seqle
     b.position_ids = read_ids(*position_ids, "position_ids", b.tokens, limit);
     return b;
   }
-  STD_TORCH_CHECK(position_offset >= 0 && longest + position_offset <= limit, "input_ids: expected sequences of at most ",
-                  limit - position_offset, " tokens, got ", longest);
+  STD_TORCH_CHECK(position_offset >= 0 && longest + position_offset <= limit,
+                  "input_ids: expected sequences of at most ", limit - position_offset, " tokens, got ", longest);
   b.made_position_ids.resize(static_cast<size_t>(b.tokens));
   for (int64_t i = 0; i < b.sequences; ++i) {
     const auto begin = b.made_position_ids.begin();
@@ -354,10 +353,10 @@ thread_local Memory scratch_memory, group_memory;
 
 // The buffers of one group, a row per token.
 struct Buffers {
-  float *x, *y;           // the residual stream; the sum that is normalised next
-  void* input;            // what the next linear layer reads; x itself where that will do
-  void *qkv, *context;    // as elements
-  void* up;               // shares its place with qkv and context, which are done by then
+  float *x, *y;         // the residual stream; the sum that is normalised next
+  void* input;          // what the next linear layer reads; x itself where that will do
+  void *qkv, *context;  // as elements
+  void* up;             // shares its place with qkv and context, which are done by then
   std::vector<int32_t> cu_seqlens;
 
   Buffers(const Model& m, const Batch& b, const Group& group) {
@@ -491,8 +490,8 @@ class Forward {
 
   // The normalised embeddings become the input of a projection to the hidden size.
   void project() {
-    LayerNorm p = {m_.embedding, buffers_.y, nullptr, m_.embedding_norm.weight, m_.embedding_norm.bias, m_.eps, nullptr,
-                   nullptr, nullptr};
+    LayerNorm p = {m_.embedding, buffers_.y, nullptr, m_.embedding_norm.weight, m_.embedding_norm.bias, m_.eps,
+                   nullptr,      nullptr,    nullptr};
     void* input = buffers_.qkv;  // free until the first layer
     if (m_.compute == Compute::BFloat16) {
       p.normed_bfloat16 = static_cast<BFloat16*>(input);
@@ -511,17 +510,10 @@ class Forward {
       const Rotate p = {m_.heads, head_dim, table, batch_.position_ids + first_, buffers_.qkv, 3 * m_.hidden};
       team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernels_.rotate[compute()](p, begin, end); });
     }
-    const Attention p = {m_.heads,
-                         head_dim,
-                         buffers_.cu_seqlens.data(),
-                         buffers_.qkv,
-                         3 * m_.hidden,
-                         1.0f / std::sqrt(static_cast<float>(head_dim)),
-                         m_.attention_bias,
-                         m_.bias_reach,
-                         layer.window,
-                         first_row_only,
-                         buffers_.context};
+    const Attention p = {m_.heads,          head_dim,        buffers_.cu_seqlens.data(),
+                         buffers_.qkv,      3 * m_.hidden,   1.0f / std::sqrt(static_cast<float>(head_dim)),
+                         m_.attention_bias, m_.bias_reach,   layer.window,
+                         first_row_only,    buffers_.context};
     const int64_t bytes = attention_scratch(longest_, head_dim);
     team_.run(sequences() * m_.heads, grain(rows_ / sequences() * head_dim * 8), [&](int64_t begin, int64_t end) {
       kernels_.attention[compute()](p, begin, end, scratch_memory.get(bytes));
@@ -569,8 +561,8 @@ class Forward {
       const Gate p = {m_.intermediate, m_.activation, buffers_.up, stride};
       team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernels_.gate[compute()](p, begin, end); });
     }
-    const Linear p = {down.columns, down.depth, buffers_.up, stride, down.data,
-                      layer.down_bias, kIdentity, buffers_.y, down.columns};
+    const Linear p = {down.columns,    down.depth, buffers_.up, stride,      down.data,
+                      layer.down_bias, kIdentity,  buffers_.y,  down.columns};
     team_.run((down.columns + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
       auto* sums = static_cast<float*>(scratch_memory.get((rows_ + 7) / 8 * 8 * kPanel * 4));
       kernels_.linear_float32[compute()](p, {0, rows_, begin, end, sums});
@@ -597,9 +589,7 @@ struct Output {
   int64_t prompt_length, padded_length;
   bool normalize;
 
-  bool first_rows_only() const {
-    return modes.size() == 1 && modes[0] == kCls && prompt_length == 0;
-  }
+  bool first_rows_only() const { return modes.size() == 1 && modes[0] == kCls && prompt_length == 0; }
 };
 
 void write_pooled(const Model& m, const Group& group, const Forward& forward, const Output& out) {

@@ -173,7 +173,7 @@ struct Attention {
   const void* qkv;            // rows of query, key and value, each heads * head_dim
   int64_t stride;
   float scale;
-  const float* bias;    // [heads, 2 * bias_reach - 1] or nullptr: added at column bias_reach - 1 + key - query
+  const float* bias;  // [heads, 2 * bias_reach - 1] or nullptr: added at column bias_reach - 1 + key - query
   int64_t bias_reach;
   int64_t window;       // keys further away are not seen; negative: all are
   bool first_row_only;  // only the first query of each sequence; out then has one row per sequence
@@ -191,12 +191,12 @@ static inline int64_t attention_scratch(int64_t length, int64_t head_dim) {
 struct LayerNorm {
   int64_t dim;
   const float* y;
-  const float* residual;         // or nullptr
-  const float *weight, *bias;    // weight nullptr: normed = sum; bias may be nullptr
+  const float* residual;       // or nullptr
+  const float *weight, *bias;  // weight nullptr: normed = sum; bias may be nullptr
   float eps;
-  float* sum_out;                // or nullptr
-  float* normed;                 // or nullptr
-  BFloat16* normed_bfloat16;     // or nullptr
+  float* sum_out;             // or nullptr
+  float* normed;              // or nullptr
+  BFloat16* normed_bfloat16;  // or nullptr
 };
 
 // Sums of table rows; dtype of the tables by entry.

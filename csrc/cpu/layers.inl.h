@@ -10,7 +10,8 @@ void embed(const Embed& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* word = words + p.ids[i] * p.dim;
     const T* position = positions != nullptr ? positions + p.position_ids[i] * p.dim : nullptr;
-    const T* type = types != nullptr ? types + (p.token_type_ids != nullptr ? p.token_type_ids[i] : 0) * p.dim : nullptr;
+    const T* type =
+        types != nullptr ? types + (p.token_type_ids != nullptr ? p.token_type_ids[i] : 0) * p.dim : nullptr;
     float* out = p.out + i * p.dim;
     each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE {
       Vec x = load(word + d, k);

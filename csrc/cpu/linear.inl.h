@@ -68,7 +68,8 @@ void linear(const Linear& p, const LinearBlock& b) {
       const Part part = {weight + (panel * steps + begin) * kPanel, begin, count};
       const bool last = begin + count == steps;
       for (int64_t strip = 0; strip < strips; ++strip) {
-        if (!last || panel + 1 < b.panel_end) prefetch_share(part.weight + count * kPanel, count * kPanel, strip, strips);
+        if (!last || panel + 1 < b.panel_end)
+          prefetch_share(part.weight + count * kPanel, count * kPanel, strip, strips);
         const int64_t row = b.row_begin + strip * Vec::tile_rows;
         float* sums = b.scratch + strip * Vec::tile_rows * kPanel;
         gemm::with_rows(b.row_end - row, [&](auto r) SENTFAST_INLINE {
@@ -76,9 +77,8 @@ void linear(const Linear& p, const LinearBlock& b) {
             tile<Step, decltype(r)::value>(p, part, row, inside, sums);
           }
           if (!last) return;
-          math::with_activation<exact>(p.activation, [&](auto a) {
-            finish<Out, decltype(a)>(p, row, decltype(r)::value, panel, sums);
-          });
+          math::with_activation<exact>(
+              p.activation, [&](auto a) { finish<Out, decltype(a)>(p, row, decltype(r)::value, panel, sums); });
         });
       }
     }
