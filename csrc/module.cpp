@@ -3,8 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <chrono>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -75,7 +80,7 @@ double linear_gflops(const std::string& dtype, int64_t rows, int64_t columns, in
 
 // A hash of a few words of each piece of memory, which changes where the whole piece does: cheap enough for every call.
 uint64_t fingerprint(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes) {
-  constexpr int64_t samples = 8;
+  constexpr int64_t samples = 4;
   if (pointers.size() != sizes.size()) throw py::value_error("sizes: expected one per pointer");
   uint64_t hash = 0xcbf29ce484222325ull;
   for (size_t i = 0; i < pointers.size(); ++i) {
@@ -90,6 +95,35 @@ uint64_t fingerprint(const std::vector<uintptr_t>& pointers, const std::vector<i
   return hash;
 }
 
+// Whether [begin, end) lies in a mapping of a file.
+bool in_mapped_file(uintptr_t begin, uintptr_t end) {
+  std::ifstream maps("/proc/self/maps");
+  std::string line;
+  while (std::getline(maps, line)) {
+    unsigned long long first = 0, last = 0, inode = 0;
+    if (std::sscanf(line.c_str(), "%llx-%llx %*s %*s %*s %llu", &first, &last, &inode) != 3) continue;
+    if (begin >= first && begin < last) return inode != 0 && end <= last;
+  }
+  return false;
+}
+
+// Lets the kernel take back the pages of a mapped file that are read nowhere else; touched again, they are read again.
+// Memory of any other kind is left alone. True if it was a mapped file.
+bool drop_file_pages(uintptr_t pointer, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (pointer + page - 1) / page * page,
+                  end = (pointer + static_cast<uintptr_t>(bytes)) / page * page;
+  if (bytes <= 0 || begin >= end || !in_mapped_file(begin, end)) return false;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_PAGEOUT);
+  return true;
+#else
+  (void)pointer;
+  (void)bytes;
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -100,5 +134,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_gflops", &linear_gflops, py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
         py::arg("seconds"));
   m.def("fingerprint", &fingerprint, py::arg("pointers"), py::arg("sizes"));
+  m.def("drop_file_pages", &drop_file_pages, py::arg("pointer"), py::arg("bytes"));
   isa();  // an unusable SENTFAST_CPU_ISA is an error at import, not at the first call
 }

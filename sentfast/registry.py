@@ -1,7 +1,7 @@
 """Operators and their backends: one table, and the rule that picks from it.
 
 A row (:class:`Op`) is a schema registered with PyTorch under ``torch.ops.sentfast``, its definition in
-``reference.py``, and the faster backends that exist for it:
+``reference/``, and the faster backends that exist for it:
 
 ==========  ====================================  =========================================
 backend     what                                  used for
@@ -9,7 +9,7 @@ backend     what                                  used for
 cpu         compiled C++ (``csrc/cpu``)           CPU tensors
 cuda        compiled CUDA C++ (``csrc/cuda``)     CUDA tensors
 triton      Triton (``kernels``)                  CUDA tensors
-reference   plain PyTorch (``reference.py``)      everything else
+reference   plain PyTorch (``reference/``)      everything else
 ==========  ====================================  =========================================
 
 The rule: a forced backend wins (:func:`use_backend`, ``SENTFAST_BACKEND``) and is an error where it cannot run;

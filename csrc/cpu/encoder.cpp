@@ -21,7 +21,7 @@ constexpr int64_t kWorthSharing = int64_t{2} << 20;
 // The threads that share a group must be idle for less than this, else the group is shared step by step.
 constexpr double kBalanced = 0.8;
 
-// ---- weights: the tensors of Embedding and Layer in sentfast/reference.py, in that order ----
+// ---- weights: the tensors of Embedding and Layer in sentfast/reference/encoder.py, in that order ----
 
 enum EmbeddingTensor {
   kPositions,
@@ -143,7 +143,7 @@ Layer read_layer(const Model& m, const Reader& r, int64_t first, int64_t window)
   layer.down_bias = r.floats(first + kDownBias, m.hidden);
   layer.attention_norm = r.norm(first + kAttentionNormWeight, m.hidden);
   layer.feed_forward_norm = r.norm(first + kFeedForwardNormWeight, m.hidden);
-  layer.window = window;
+  layer.window = std::min<int64_t>(window, INT32_MAX);  // so that sums of it do not overflow
   return layer;
 }
 
@@ -254,7 +254,7 @@ Batch read_batch(const Model& m, const Tensor& input_ids, const Tensor& cu_seqle
     b.position_ids = read_ids(*position_ids, "position_ids", b.tokens, limit);
     return b;
   }
-  STD_TORCH_CHECK(position_offset >= 0 && longest + position_offset <= limit,
+  STD_TORCH_CHECK(position_offset >= 0 && position_offset <= limit - longest,
                   "input_ids: expected sequences of at most ", limit - position_offset, " tokens, got ", longest);
   b.made_position_ids.resize(static_cast<size_t>(b.tokens));
   for (int64_t i = 0; i < b.sequences; ++i) {

@@ -137,10 +137,10 @@ constexpr int64_t kFewRows = 6;
 
 // ---- encoder ----
 
-// Output features in a panel of packed weights (`PANEL` in sentfast/reference.py).
+// Output features in a panel of packed weights (`PANEL` in sentfast/reference/encoder.py).
 constexpr int64_t kPanel = 64;
 
-// In the order of `ACTIVATIONS` in sentfast/reference.py.
+// In the order of `ACTIVATIONS` in sentfast/reference/encoder.py.
 enum Activation : int64_t { kGelu, kGeluTanh, kRelu, kSilu, kIdentity };
 
 // A linear layer's products run in float32 or, two at a time, in bfloat16 with float32 sums. Its rows are then floats

@@ -5,7 +5,7 @@
 
 namespace math {
 
-// 2^x for x up to 127; below -126 the result is 2^-126 or less.
+// 2^x for x up to 127, inf for 128; below -126 the result is 2^-126 or less.
 template <bool Exact>
 SENTFAST_INLINE inline Vec exp2(Vec x) {
   x = Vec::max(Vec::fill(-126.0f), x);
@@ -30,8 +30,8 @@ constexpr float kLog2E = 1.44269504f;
 template <bool Exact>
 SENTFAST_INLINE inline Vec sigmoid(Vec x) {
   const Vec one = Vec::fill(1.0f);
-  // Beyond 87 the exponential is the largest number there is room for, and the result still 0 to within 1e-38.
-  const Vec y = Vec::min(Vec::fill(126.0f), Vec::fill(-kLog2E) * x);
+  // Beyond 88 the exponential is inf and the result 0, which makes NaN of its product with -inf as in PyTorch.
+  const Vec y = Vec::min(Vec::fill(128.0f), Vec::fill(-kLog2E) * x);
   return one / (one + exp2<Exact>(y));
 }
 

@@ -1,0 +1,66 @@
+"""Every operator in plain PyTorch: the definition, the fallback and, called in float64, the oracle of the tests.
+
+Each function has the name and the signature of the registered operator (see ``sentfast/ops``). Half inputs
+accumulate in float32; every other dtype accumulates in itself, so float64 stays float64 throughout.
+This package imports nothing from the others.
+"""
+
+from sentfast.reference.encoder import ACTIVATIONS, PANEL, Embedding, Layer, encoder, pack_panels, unpack_panels
+from sentfast.reference.pooling import (
+    CLS,
+    LASTTOKEN,
+    MAX,
+    MEAN,
+    MEAN_SQRT_LEN_TOKENS,
+    POOLING_MODES,
+    WEIGHTEDMEAN,
+    pool_backward,
+    pool_forward,
+)
+from sentfast.reference.precision import accumulation_dtype
+from sentfast.reference.similarity import (
+    COSINE,
+    DOT,
+    EUCLIDEAN,
+    MANHATTAN,
+    NORMALIZE_EPS,
+    PAIRWISE_METRICS,
+    cosine_similarity_forward,
+    dot_similarity,
+    l2_normalize_backward,
+    l2_normalize_forward,
+    pairwise_similarity_backward,
+    pairwise_similarity_forward,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "CLS",
+    "COSINE",
+    "DOT",
+    "EUCLIDEAN",
+    "LASTTOKEN",
+    "MANHATTAN",
+    "MAX",
+    "MEAN",
+    "MEAN_SQRT_LEN_TOKENS",
+    "NORMALIZE_EPS",
+    "PAIRWISE_METRICS",
+    "PANEL",
+    "POOLING_MODES",
+    "WEIGHTEDMEAN",
+    "Embedding",
+    "Layer",
+    "accumulation_dtype",
+    "cosine_similarity_forward",
+    "dot_similarity",
+    "encoder",
+    "l2_normalize_backward",
+    "l2_normalize_forward",
+    "pack_panels",
+    "pairwise_similarity_backward",
+    "pairwise_similarity_forward",
+    "pool_backward",
+    "pool_forward",
+    "unpack_panels",
+]
