@@ -2,8 +2,9 @@
 
 python benchmarks/bench.py [--only NAME ...] [--quick]
 
-A full run takes some minutes on an otherwise idle machine. --only takes names with wildcards and keeps the other rows
-of the file; --quick shrinks inputs and rounds, prints, and writes nothing.
+A full run takes some twenty minutes on an otherwise idle machine. --only takes names with wildcards ('encoder*' is
+everything on the encoder) and keeps the other rows of the file; --quick shrinks inputs and rounds, prints, and writes
+nothing. The encoder's studies fetch WordNet, real weights and OpenVINO once, into a cache folder (texts.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import datetime
 import fnmatch
 import json
 import os
+import random
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,10 @@ import gate
 import limits
 import machine
 import memory
+import studies
+import texts
 import torch
+from study import Failed, Settings
 from timing import Variant, interleave, ratio, spread, switch
 from workload import OURS, Inputs, Workload
 from workloads import WORKLOADS
@@ -147,19 +153,37 @@ def finish(workload: Workload, row: dict[str, Any], found: limits.Limits) -> dic
     return row
 
 
-def write(path: Path, described: dict[str, Any], found: limits.Limits, rows: dict[str, Any]) -> None:
+def finish_studies(rows: dict[str, Any], found: limits.Limits) -> None:
+    """The same for the rows of studies."""
+    by_name = {study.name: study for study in studies.STUDIES}
+    for row in rows.values():
+        studies.finish(by_name[row["study"]], row, found)
+        row.update(machine.commit(), date=datetime.date.today().isoformat())
+
+
+def write(
+    path: Path,
+    described: dict[str, Any],
+    found: limits.Limits,
+    rows: dict[str, Any],
+    studied: dict[str, Any] | None = None,
+) -> None:
     """Writes a result file; rows that were not measured now stay, if machine and versions are the same."""
     head = {"machine": described, "versions": machine.versions()}
     kept: dict[str, Any] = {}
+    studied = dict(studied or {})
     if path.exists():
         old = json.loads(path.read_text())
         if {name: old[name] for name in head} == json.loads(json.dumps(head)):
             kept = old["workloads"]
+            studied = {**old.get("studies", {}), **studied}
         else:
             print(f"{path.name}: machine or versions have changed, the old rows are dropped")
     merged = {w.name: rows.get(w.name, kept.get(w.name)) for w in WORKLOADS}
     named = {name: {"what": what, "unit": unit, "rate": found[name]} for name, (unit, what) in limits.LIMITS.items()}
     content = {**head, "limits": named, "workloads": {name: row for name, row in merged.items() if row}}
+    if studied:
+        content["studies"] = studies.in_order(studied)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -175,15 +199,16 @@ def describe_row(name: str, row: dict[str, Any]) -> str:
     return "  ".join(parts) + (f"  MISSED: {', '.join(missed)}" if missed else "")
 
 
-def select(patterns: list[str]) -> list[Workload]:
-    """The workloads whose name or table fits one of the patterns; all without patterns."""
+def select(patterns: list[str], quick: bool) -> tuple[list[Workload], list[studies.Study]]:
+    """The workloads and studies whose name or table fits one of the patterns; all without patterns."""
+    studied = studies.select(patterns, quick)
     if not patterns:
-        return list(WORKLOADS)
+        return list(WORKLOADS), studied
     chosen = [w for w in WORKLOADS if any(fnmatch.fnmatch(x, p) for p in patterns for x in (w.name, w.table))]
-    if not chosen:
-        names = ", ".join(w.name for w in WORKLOADS)
+    if not chosen and not studied:
+        names = ", ".join(x.name for x in (*WORKLOADS, *studies.select([], quick)))
         raise SystemExit(f"--only: expected one of {names}, got {' '.join(patterns)}")
-    return chosen
+    return chosen, studied
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -193,8 +218,63 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--backend", choices=BACKENDS, help="force this backend")
+    parser.add_argument("--seed", type=int, help="of the sample of texts; without it a fresh one, kept in the rows")
     parser.add_argument("--output", type=Path, help="write here instead of results/<machine>.json")
     return parser.parse_args(arguments)
+
+
+def run_workloads(
+    chosen: list[Workload], device: torch.device, backends: set[str], quick: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Rows, and why others were refused."""
+    shrink = QUICK_SHRINK if quick else 1
+    pace: dict[str, Any] = {"budget": 0.3, "compiled": False} if quick else {}
+    rows: dict[str, Any] = {}
+    refused = []
+    for workload in chosen:
+        try:
+            row = measure(workload, device, backends, shrink=shrink, **pace)
+        except gate.Refused as reason:
+            refused.append(str(reason))
+            print(f"REFUSED {reason}", flush=True)
+            continue
+        if workload.memory and not quick:
+            row["extra_memory"] = measure_memory(workload, workload.variants(), shrink, device)
+        rows[workload.name] = row
+        print(f"{workload.name}: measured", flush=True)
+    return rows, refused
+
+
+def run_studies(
+    chosen: list[studies.Study], options: argparse.Namespace, backends: set[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The same for studies, which run on the CPU."""
+    if options.device != "cpu" or not chosen:
+        return {}, []
+    settings = study_settings(options, backends)
+    print(f"seed of the texts: {settings.seed}", flush=True)
+    rows: dict[str, Any] = {}
+    refused = []
+    for study in chosen:
+        start = time.monotonic()
+        try:
+            found = studies.measure(study, settings)
+        except (gate.Refused, Failed, texts.Unavailable) as reason:
+            refused.append(f"{study.name}: {reason}")
+            print(f"REFUSED {study.name}: {reason}", flush=True)
+            continue
+        rows.update(found)
+        said = "measured" if found else "nothing to measure"
+        print(f"{study.name}: {said}, {time.monotonic() - start:.0f} s", flush=True)
+    return rows, refused
+
+
+def study_settings(options: argparse.Namespace, backends: set[str]) -> Settings:
+    pace: dict[str, Any] = {"seconds": 0.05, "rounds": 2, "extra": {"texts": 32}} if options.quick else {"extra": {}}
+    if options.backend:
+        pace["extra"]["backend"] = options.backend
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
+    return Settings(threads=options.threads, backends=tuple(sorted(backends)), seed=seed, quick=options.quick, **pace)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,38 +283,28 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     described = machine.describe(device, options.threads)
     backends = {options.backend} if options.backend else gate.EXPECTED[device.type]
-    shrink = QUICK_SHRINK if options.quick else 1
-    pace: dict[str, Any] = {"budget": 0.3, "compiled": False} if options.quick else {}
-    chosen = select(options.only)
+    chosen, studied = select(options.only, options.quick)
     if os.getloadavg()[0] > BUSY:
         print(f"load average {os.getloadavg()[0]:.1f}: other work on this machine spoils the figures", file=sys.stderr)
     if not options.quick:
         machine.touch_memory()
     switch(False)
     found = limits.measure(device, options.threads, quick=options.quick)
-    rows: dict[str, Any] = {}
-    refused = []
     with use_backend(options.backend) if options.backend else nullcontext():
-        for workload in chosen:
-            try:
-                row = measure(workload, device, backends, shrink=shrink, **pace)
-            except gate.Refused as reason:
-                refused.append(str(reason))
-                print(f"REFUSED {reason}", flush=True)
-                continue
-            if workload.memory and not options.quick:
-                row["extra_memory"] = measure_memory(workload, workload.variants(), shrink, device)
-            rows[workload.name] = row
-            print(f"{workload.name}: measured", flush=True)
+        rows, refused = run_workloads(chosen, device, backends, options.quick)
+        study_rows, more = run_studies(studied, options, backends)
     found = limits.better(found, limits.measure(device, options.threads, quick=options.quick))
     for workload in chosen:
         if workload.name in rows:
             print(describe_row(workload.name, finish(workload, rows[workload.name], found)))
+    finish_studies(study_rows, found)
+    for name, row in study_rows.items():
+        print(studies.describe(name, row))
     path = options.output or (None if options.quick else RESULTS / f"{machine.slug(described)}.json")
-    if path and rows:
-        write(path, described, found, rows)
+    if path and (rows or study_rows):
+        write(path, described, found, rows, study_rows)
         print(f"wrote {path}")
-    return 1 if refused else 0
+    return 1 if refused or more else 0
 
 
 if __name__ == "__main__":

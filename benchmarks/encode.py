@@ -26,6 +26,7 @@ TABLE = "encoder"
 OPENVINO, OPENVINO_BF16 = openvino_peer.PRECISIONS
 PEERED = ("minilm", "mpnet")  # the models that OpenVINO is measured on
 ORACLE_TEXTS = {"short": 32, "long": 4}
+ROUNDINGS = 16  # err(sentfast) <= 2 * err(stock) + ROUNDINGS * eps, the rule of the tests
 SAME_TEXT = 0.99  # mean cosine to stock below which a variant does not compute the same model
 LEAST_COSINE, MEAN_COSINE_BF16 = 1 - 1e-6, 0.9995
 
@@ -89,7 +90,9 @@ def measure_texts(
     cosine = {name: study.cosines(outputs[STOCK], found) for name, found in outputs.items() if name != STOCK}
     for name, found in cosine.items():
         if not found["mean"] >= SAME_TEXT:
-            raise gate.Refused(f"{name}: its embeddings have mean cosine {found['mean']:.4f} to stock")
+            # A peer that computes something else is left out, not what is measured against it.
+            wrong = gate.Refused if variants[name].ours else RuntimeError
+            raise wrong(f"{name}: its embeddings have mean cosine {found['mean']:.4f} to stock")
     del outputs
     repeats = {name: max(1, round(settings.seconds / seconds)) for name, seconds in once.items()}
     samples = _time(variants, sample, repeats, settings.rounds)
@@ -126,7 +129,7 @@ def _against_oracle(model: Any, variants: dict[str, Variant], sample: Sequence[s
         with switched(variants[name].ours):
             found = study.encode(variants[name], sample)
         errors[name] = gate.error(found, exact)
-    allowed = 2 * errors[STOCK] + gate.ALLOWED_EPS * torch.finfo(found.dtype).eps
+    allowed = 2 * errors[STOCK] + ROUNDINGS * torch.finfo(found.dtype).eps
     if not errors[OURS] <= allowed:
         raise gate.Refused(f"{OURS}: error {errors[OURS]:.3g} against float64, allowed is {allowed:.3g}")
     return errors
@@ -177,7 +180,7 @@ def _run_model(name: str, settings: Settings, timeout: float) -> dict[str, Any]:
     try:
         return study.in_child("encode", Settings(**{**one, "extra": extra}), timeout, library)
     except study.Failed as reason:
-        if library is None:
+        if library is None or isinstance(reason, study.TooLong):
             raise
         # Whether OpenVINO was to blame shows without it.
         extra = {**settings.extra, "why_no_openvino": f"not without failing: {reason}"}

@@ -3,9 +3,10 @@
 python benchmarks/report.py [--check]
 
 A block is everything between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; `<!-- table:NAME MACHINE -->` takes
-one result file only. NAME is a table of the workloads (pooling, similarity, overhead, model), `limits` for what the
-machine can do at most, or `targets` for what was promised and whether it was met. --check writes nothing and fails if
-a block is out of date.
+one result file only. NAME is a table of the workloads (pooling, similarity, overhead, model) or of the encoder's
+studies (encoder, encoder_latency, encoder_gemm, encoder_memory, encoder_startup, encoder_quality, encoder_share),
+`limits` for what the machine can do at most, or `targets` for what was promised and whether it was met.
+--check writes nothing and fails if a block is out of date.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import encoder_report
+from words import duration, markdown, rate, three_digits, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,43 +45,15 @@ def documents(root: Path = ROOT) -> list[Path]:
     return [path for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))] if path.exists()]
 
 
-# ---- numbers as text -----------------------------------------------------------------------------------------------
-
-
-def duration(seconds: float) -> str:
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * factor >= 1:
-            return f"{three_digits(seconds * factor)} {unit}"
-    return f"{seconds * 1e6:.2f} µs"
-
-
-def three_digits(x: float) -> str:
-    """Three significant digits, whole from 100 on."""
-    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:,.0f}"
-
-
-def times(ratio: dict[str, float]) -> str:
-    """Median and quartiles of a ratio."""
-    return f"**{three_digits(ratio['median'])}×** ({three_digits(ratio['q1'])}–{three_digits(ratio['q3'])})"
-
-
-def rate(per_second: float | None, unit: str) -> str:
-    return "not measured" if per_second is None else f"{three_digits(per_second / 1e9)} G{unit}"
-
-
 # ---- tables --------------------------------------------------------------------------------------------------------
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table; columns without any content are left out."""
-    used = [k for k in range(len(header)) if k == 0 or any(row[k] for row in rows)]
-    lines = [[header[k] for k in used], ["---"] + ["---:"] * (len(used) - 1)]
-    lines += [[row[k] for k in used] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _workload_rows(result: Result, table: str) -> list[Result]:
     return [row for row in result["workloads"].values() if row["table"] == table]
+
+
+def _study_rows(result: Result, table: str) -> list[Result]:
+    return [row for row in result.get("studies", {}).values() if row["table"] == table]
 
 
 def _baselines(rows: list[Result]) -> list[str]:
@@ -158,7 +134,12 @@ def targets_table(result: Result, table: str) -> str:
             got = "not measured" if judged["got"] is None else show(judged["got"])
             met = {True: "yes", False: "**no**", None: ""}[judged["met"]]
             rows.append([f"{row['table']}: {row['title']}", words, got, met])
+    rows += encoder_report.targets(list(result.get("studies", {}).values()))
     return markdown(["", "target", "measured", "met"], rows)
+
+
+def study_table(result: Result, table: str) -> str:
+    return encoder_report.TABLES[table](_study_rows(result, table))
 
 
 def caption(result: Result, rows: list[Result]) -> str:
@@ -173,11 +154,23 @@ def caption(result: Result, rows: list[Result]) -> str:
         backend for row in rows for ran in row["ran"].values() for calls in ran["calls"].values() for backend in calls
     }
     backends = "backend " + ", ".join(sorted(others)) if others else ""
-    return "; ".join([*parts, *filter(None, [backends]), "commit " + ", ".join(commits)]) + ".\n"
+    peers = sorted({f"OpenVINO {row['openvino']}" for row in rows if row.get("openvino")})
+    return "; ".join([*parts, *peers, *filter(None, [backends]), "commit " + ", ".join(commits)]) + ".\n"
 
 
 def table_names(result: Result) -> set[str]:
-    return {row["table"] for row in result["workloads"].values()} | {"limits", "targets"}
+    return {row["table"] for row in _all_rows(result)} | {"limits", "targets"}
+
+
+def _all_rows(result: Result) -> list[Result]:
+    return [*result["workloads"].values(), *result.get("studies", {}).values()]
+
+
+_RENDER: dict[str, Callable[[Result, str], str]] = {
+    "limits": limits_table,
+    "targets": targets_table,
+    **dict.fromkeys(encoder_report.TABLES, study_table),
+}
 
 
 def render_block(name: str, machine: str | None, results: dict[str, Result]) -> str:
@@ -189,12 +182,14 @@ def render_block(name: str, machine: str | None, results: dict[str, Result]) -> 
         raise ValueError(f"table {name}: expected one of the machines {sorted(results)}, got {machine!r}")
     known = set().union(*(table_names(result) for result in chosen.values()))
     if name not in known:
+        if name in encoder_report.TABLES:
+            return _NOTHING
         raise ValueError(f"table: expected one of {sorted(known)}, got {name!r}")
-    render = {"limits": limits_table, "targets": targets_table}.get(name, workload_table)
+    render = _RENDER.get(name, workload_table)
     parts = []
     for result in chosen.values():
         if name in table_names(result):
-            rows = _workload_rows(result, name) or list(result["workloads"].values())
+            rows = _workload_rows(result, name) or _study_rows(result, name) or _all_rows(result)
             parts.append(f"{caption(result, rows)}\n{render(result, name)}")
     return "\n" + "\n".join(parts) + "\n"
 

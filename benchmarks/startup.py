@@ -25,18 +25,19 @@ SAME_TEXT = 0.99
 def run(settings: Settings, timeout: float = 120.0) -> dict[str, Any]:
     """Rows of memory for each model and kind of text, and of the start for each model."""
     rows: dict[str, Any] = {}
-    names = [STOCK, OURS] + ([] if study.why_no_bf16() else [OURS_BF16])
     for model in settings.models:
-        starts: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for kind in (*texts.KINDS, ""):
-            found = {}
+        # kind of text -> variant -> what its process found; "" starts and encodes no sample.
+        found: dict[str, dict[str, Any]] = {}
+        for kind in ("short",) if settings.quick else (*texts.KINDS, ""):
+            names = [STOCK, OURS]
+            if kind == "long" and not study.why_no_bf16():
+                names.append(OURS_BF16)
             # By turns, so that no variant has the machine's better minutes.
-            for name in names:
-                found[name] = _child(model, name, kind, settings, timeout)
-                starts[name].append(found[name])
+            found[kind] = {name: _child(model, name, kind, settings, timeout) for name in names}
+            _same(found[kind])
             if kind:
-                rows[f"encoder_memory_{model}_{kind}"] = _memory_row(model, kind, found)
-        rows[f"encoder_startup_{model}"] = _start_row(model, starts)
+                rows[f"encoder_memory_{model}_{kind}"] = _memory_row(model, kind, found[kind])
+        rows[f"encoder_startup_{model}"] = _start_row(model, list(found.values()))
     return rows
 
 
@@ -46,12 +47,11 @@ def _child(model: str, variant: str, kind: str, settings: Settings, timeout: flo
         from encode_models import MODELS
 
         sample = texts.KINDS[kind](settings.extra.get("texts") or min(256, MODELS[model].texts[kind]), settings.seed)
-    extra = {"model": model, "variant": variant, "sample": sample, "started": time.monotonic()}
+    extra = {**settings.extra, "model": model, "variant": variant, "sample": sample, "started": time.monotonic()}
     return study.in_child("startup", Settings(**{**vars(settings), "extra": extra}), timeout)
 
 
 def _memory_row(model: str, kind: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    _same(found)
     row = _row(MEMORY, model, found, f", {kind}")
     row.update(kind=kind, bytes={name: one["bytes"] for name, one in found.items()})
     row["ratios"] = {
@@ -62,24 +62,19 @@ def _memory_row(model: str, kind: str, found: dict[str, dict[str, Any]]) -> dict
     return row
 
 
-def _start_row(model: str, starts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    row = _row(START, model, {name: runs[0] for name, runs in starts.items()}, "")
-    row["runs"] = len(starts[STOCK])
-    row["seconds"] = {
-        name: {what: statistics.median(one["seconds"][what] for one in runs) for what in TIMES}
-        for name, runs in starts.items()
-    }
-    row["ratios"] = {
-        name: {
-            what: statistics.median(
-                one["seconds"][what] / stock["seconds"][what]
-                for one, stock in zip(runs, starts[STOCK], strict=True)
-            )
-            for what in TIMES
-        }
-        for name, runs in starts.items()
-        if name != STOCK
-    }
+def _start_row(model: str, runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over the runs that have the variant; ratios are to stock of the same run."""
+    every = {name: one for run in runs for name, one in run.items()}
+    row = _row(START, model, every, "")
+    row["runs"] = {name: sum(name in run for run in runs) for name in every}
+    row["seconds"], row["ratios"] = {}, {}
+    for name in every:
+        pairs = [(run[name]["seconds"], run[STOCK]["seconds"]) for run in runs if name in run]
+        row["seconds"][name] = {what: statistics.median(own[what] for own, _ in pairs) for what in TIMES}
+        if name != STOCK:
+            row["ratios"][name] = {
+                what: statistics.median(own[what] / stock[what] for own, stock in pairs) for what in TIMES
+            }
     return row
 
 
@@ -123,9 +118,8 @@ def finish(row: dict[str, Any], limits: dict[str, float | None]) -> None:
 # ---- in the fresh process ------------------------------------------------------------------------------------------
 
 
-def _main() -> dict[str, Any]:
+def measure(told: dict[str, Any]) -> dict[str, Any]:
     """Times, bytes and the embedding of this process."""
-    told = json.loads(Path(sys.argv[1]).read_text())
     extra, variant = told["extra"], told["extra"]["variant"]
     sentfast: Any = None
     if variant != STOCK:
@@ -175,4 +169,4 @@ def _require_encoder(ran: dict[str, Any], backends: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(_main()))
+    Path(sys.argv[2]).write_text(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))

@@ -30,6 +30,10 @@ class Failed(Exception):
     """The process of a study ended without rows."""
 
 
+class TooLong(Failed):
+    """It was stopped: its time was over."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a study is told.
@@ -42,6 +46,7 @@ class Settings:
         models: names in encode_models.MODELS; a test puts tiny ones there.
         seconds: a timed sample is repeated until it is at least so long.
         rounds: samples of each variant.
+        extra: what one study tells its own process; `texts` overrides the size of every sample, `backend` forces one.
     """
 
     threads: int = 1
@@ -60,9 +65,12 @@ def in_child(module: str, settings: Settings, timeout: float, path: Path | None 
     path: a folder that only that process has on its path.
 
     Raises:
-        Failed: it crashed, took longer than `timeout` seconds, or refused.
+        Failed: it crashed, or took longer than `timeout` seconds.
+        gate.Refused: an output is wrong.
     """
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if "backend" in settings.extra:
+        environment["SENTFAST_BACKEND"] = settings.extra["backend"]
     if path:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(path)]))
     with tempfile.TemporaryDirectory() as name:
@@ -72,20 +80,30 @@ def in_child(module: str, settings: Settings, timeout: float, path: Path | None 
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired as error:
-            raise Failed(f"{module}: not done after {timeout:.0f} s") from error
+            raise TooLong(f"{module}: not done after {timeout:.0f} s") from error
         if done.returncode or not rows.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise Failed(f"{module}: exit {done.returncode}: {' / '.join(lines[-3:])}")
-        return json.loads(rows.read_text())
+        found = json.loads(rows.read_text())
+    if "refused" in found:
+        from gate import Refused
+
+        raise Refused(f"{module}: {found['refused']}")
+    return found
 
 
 def serve(measure: Callable[[Settings], dict[str, Any]]) -> None:
     """The main program of a study: SETTINGS.json ROWS.json."""
+    from gate import Refused
+
     told = json.loads(Path(sys.argv[1]).read_text())
     told["models"], told["backends"] = tuple(told["models"]), tuple(told["backends"])
     settings = Settings(**told)
     torch.set_num_threads(settings.threads)
-    rows = measure(settings)
+    try:
+        rows = measure(settings)
+    except Refused as reason:
+        rows = {"refused": str(reason)}
     Path(sys.argv[2]).write_text(json.dumps(rows))
 
 
@@ -136,8 +154,9 @@ def why_no_bf16() -> str:
 
 def variants_of(model: Any, stock_bf16: bool = True) -> tuple[dict[str, Variant], dict[str, str]]:
     """Stock and sentfast in fp32 (one model) and in bf16 (a copy each), and why one is missing."""
-    import sentfast
     from encode_models import Plain, base_of
+
+    import sentfast
 
     found = {STOCK: Variant(model), OURS: Variant(model, ours=True)}
     missing = {}

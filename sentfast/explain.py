@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from sentfast.report import REASONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from sentfast.integrations.versions import Version
@@ -24,10 +26,29 @@ class Row:
         operator: what runs, "" for the original code.
         backend: where it runs, "" for the original code.
         reason: reason code of the original code, "" if the operator runs.
+        precision: of the encoder's products, "fp32" or "bf16"; "" for the others.
+        detail: what was found that the reason code stands for, where more can be said.
     """
 
-    def __init__(self, name: str, kind: str, operator: str, backend: str, reason: str):
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        operator: str,
+        backend: str,
+        reason: str,
+        precision: str = "",
+        detail: str = "",
+    ):
         self.name, self.kind, self.operator, self.backend, self.reason = name, kind, operator, backend, reason
+        self.precision, self.detail = precision, detail
+
+    def __str__(self) -> str:
+        what = f"original code: {REASONS[self.reason]}" if self.reason else f"{self.operator} ({self.backend})"
+        precision = f" {self.precision}" if self.precision else ""
+        detail = f": {self.detail}" if self.detail else ""
+        code = f" [{self.reason}]" if self.reason else ""
+        return f"{self.name:12} {self.kind:24} {what}{precision}{detail}{code}"
 
 
 class Explanation:
@@ -43,13 +64,10 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [] if self.enabled else ["sentfast is switched off: the original code runs everywhere. If enabled:"]
-        for row in self.rows:
-            what = f"{row.operator} ({row.backend})" if row.operator else f"original code: {REASONS[row.reason]}"
-            lines.append(f"{row.name:12} {row.kind:24} {what}{f' [{row.reason}]' if row.reason else ''}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.rows)])
 
     def to_dict(self) -> dict[str, Any]:
-        """{"enabled": bool, "modules": [{"name", "kind", "operator", "backend", "reason"}]}, ready for JSON."""
+        """{"enabled": bool, "modules": [{...}]}, each with the attributes of :class:`Row`, ready for JSON."""
         return {"enabled": self.enabled, "modules": [vars(row).copy() for row in self.rows]}
 
 
@@ -60,7 +78,8 @@ def explain(model: Any) -> Explanation:
     flattened input. A single call may still go to the original code; :func:`sentfast.report` counts those.
 
     Args:
-        model: a SentenceTransformer, or another module whose children are sentence-transformers' modules.
+        model: a SentenceTransformer, another module whose children are sentence-transformers' modules, or a model of
+            transformers.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -74,7 +93,7 @@ def explain(model: Any) -> Explanation:
     parameter = next(model.parameters(), torch.empty(0))
     probe = torch.empty(1, dtype=parameter.dtype, device=parameter.device)
     version = _version()
-    rows = [_module_row(version, name, module, probe) for name, module in model.named_children()]
+    rows = list(_rows(version, "", model, probe))
     metric = getattr(model, "_similarity_fn_name", "")
     if metric != "":
         rows.append(_similarity_row(version, str(getattr(metric, "value", metric) or "cosine"), probe))
@@ -84,6 +103,56 @@ def explain(model: Any) -> Explanation:
 def _version() -> Version | None:
     adapter = importlib.import_module("sentfast.integrations.sentence_transformers")
     return adapter.resolve(adapter.installed())
+
+
+def _rows(version: Version | None, path: str, model: Any, probe: Any) -> Iterator[Row]:
+    """The children, and theirs where they are modules of sentence-transformers too (Router)."""
+    if _is_transformer(model) and not path:
+        yield _encoder_row("model", model)
+        return
+    for name, module in model.named_children():
+        inner = f"{path}{name}"
+        if hasattr(module, "auto_model") or _is_transformer(module):
+            yield _encoder_row(inner, module)
+        elif type(module).__name__ in ("Router", "ModuleDict", "Sequential") and len(list(module.children())):
+            yield from _rows(version, f"{inner}.", module, probe)
+        else:
+            yield _module_row(version, inner, module, probe)
+
+
+def _is_transformer(module: Any) -> bool:
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(module, library.PreTrainedModel)
+
+
+def _encoder_row(name: str, module: Any) -> Row:
+    from sentfast.accelerate import base_models
+    from sentfast.encoder import choice, encoder
+
+    kind = type(module).__name__
+    base = next(iter(base_models(module).values()), None)
+    if base is None:
+        return Row(name, kind, "", "", "SF119")
+    if choice.is_off(base):
+        return Row(name, kind, "", "", "SF118")
+    refusal = encoder.refusal_of(base)
+    if refusal is not None:
+        return Row(name, kind, "", "", refusal.code, detail=refusal.detail)
+    return _encoder(name, kind, base, choice.chosen(base) or "match")
+
+
+def _encoder(name: str, kind: str, base: Any, precision: str) -> Row:
+    import torch
+
+    from sentfast import registry
+    from sentfast.encoder import encoder
+
+    words = base.get_input_embeddings().weight
+    backend = registry.ops["encoder"].choose(words)[0]
+    if encoder.compute_dtype(words.dtype, precision) == torch.bfloat16:
+        return Row(name, kind, "encoder", backend, "", "bf16")
+    detail = "bf16 asked for, which these CPU kernels do not have" if precision == "bf16" else ""
+    return Row(name, kind, "encoder", backend, "", "fp32", detail)
 
 
 def _module_row(version: Version | None, name: str, module: Any, probe: Any) -> Row:

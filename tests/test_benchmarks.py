@@ -19,6 +19,7 @@ import limits
 import machine
 import memory
 import report
+import studies
 import timing
 from workload import OURS, STOCK
 from workloads import WORKLOADS
@@ -121,6 +122,7 @@ def test_nothing_is_written_for_a_refused_workload(tmp_path, monkeypatch, capsys
     good, bad = BY_NAME["overhead_normalize"], with_ours(BY_NAME["overhead_pool"], lambda i: i["x"][:, 0])
     path = tmp_path / "result.json"
     monkeypatch.setattr(bench, "WORKLOADS", (good, bad))
+    monkeypatch.setattr(studies, "STUDIES", ())
     arguments = ["--quick", "--threads", str(torch.get_num_threads()), "--backend", BACKEND, "--output", str(path)]
     assert bench.main(arguments) == 1
     assert "REFUSED overhead_pool" in capsys.readouterr().out

@@ -133,7 +133,7 @@ class Encoder:
         counted = np.concatenate([[0], np.cumsum(~padding)])
         ends = cu_seqlens.numpy()
         before = np.repeat(counted[ends[:-1]], np.diff(ends))
-        positions = np.where(padding, self.padding_idx, counted[1:] - before + self.padding_idx)
+        positions = (counted[1:] - before) * ~padding + self.padding_idx
         return torch.from_numpy(positions.astype(np.int32))
 
     def _check(
@@ -197,7 +197,9 @@ class _Entry:
 
     def keeps_weights(self, newer: _Entry) -> bool:
         """Only attributes have changed: the packed weights stay good."""
-        return self.state is not None and newer.state is not None and self.structure.same_parts() and self.state.current()
+        return (
+            self.state is not None and newer.state is not None and self.structure.same_parts() and self.state.current()
+        )
 
 
 _table: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()

@@ -211,12 +211,13 @@ class _Reader:
         return norm
 
     def _plain(self, root: Any, path: str, cls: type, shape: tuple[int, ...] | None) -> Any:
-        module = attrgetter(path)(root)
-        if type(module) is not cls:
-            raise _RefusalError("SF108", f"{path} is a {type(module).__module__}.{type(module).__name__}")
+        module: Any = attrgetter(path)(root)
+        found: type = type(module)
+        if found is not cls:
+            raise _RefusalError("SF108", f"{path} is a {found.__module__}.{found.__name__}")
         if module.weight is None or (shape is not None and tuple(module.weight.shape) != shape):
-            found = "no weight" if module.weight is None else f"shape {list(module.weight.shape)}"
-            raise _RefusalError("SF125", f"{path} has {found}, expected shape {list(shape or ())}")
+            got = "no weight" if module.weight is None else f"shape {list(module.weight.shape)}"
+            raise _RefusalError("SF125", f"{path} has {got}, expected shape {list(shape or ())}")
         self.seen.update(id(parameter) for parameter in module.parameters())
         return module
 
@@ -291,10 +292,8 @@ def _layer_parts(read: _Reader, architecture: Architecture, layer: nn.Module, hi
 def _activation_name(function: Any) -> str:
     if type(function) is nn.GELU:
         return "gelu" if function.approximate == "none" else "gelu_tanh"
-    if type(function).__module__ in _ACTIVATION_MODULES:
-        return _ACTIVATION_OF.get(type(function).__name__, type(function).__name__)
-    plain = {nn.functional.gelu: "gelu", nn.functional.relu: "relu", torch.relu: "relu", nn.functional.silu: "silu"}
-    return plain.get(function, repr(function))
+    name = type(function).__name__
+    return _ACTIVATION_OF.get(name, name) if type(function).__module__ in _ACTIVATION_MODULES else repr(function)
 
 
 def _activation(names: set[str]) -> int:
@@ -309,7 +308,7 @@ def _bias(read: _Reader, model: nn.Module, architecture: Architecture, heads: in
         return None
     module: Any = attrgetter(architecture.attention_bias)(model)
     table = read.embedding(module, "relative_attention_bias", heads)
-    if foreign(module.relative_position_bucket) or foreign(module.compute_position_bias.__func__):
+    if foreign(module.relative_position_bucket) or foreign(module.compute_position_bias):
         raise _RefusalError("SF110", "the relative position bias was replaced")
     # The number of buckets is a default argument of the model's code, not an option of its configuration.
     if table.weight.shape[0] < 32:

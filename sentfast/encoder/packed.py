@@ -23,6 +23,10 @@ class Packed(NamedTuple):
     position_ids: Tensor | None
     length: int
 
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.input_ids, self.cu_seqlens, self.token_type_ids, self.position_ids
+
 
 def pack_padded(
     encoder: Encoder,

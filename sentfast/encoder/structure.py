@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sentfast import native
 from sentfast.encoder.examine import inner_modules
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Those of the backward pass do nothing where no gradient is needed, and where one is, the original runs.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _hooks = itemgetter(*_HOOKS)
 _hooks_and_training = itemgetter(*_HOOKS, "training")
 _version = attrgetter("_version")
@@ -30,15 +31,15 @@ class Structure:
     def __init__(self, model: nn.Module):
         self.inner = [module for _, module in inner_modules(model)]
         self.spaces = [vars(module) for module in self.inner]
-        everything = [vars(model), *self.spaces]
-        self.child_tables = [space["_modules"] for space in everything]
-        self.parameter_tables = [space["_parameters"] for space in self.spaces]
+        # Only tables that hold something: a child or parameter more is used by other code, which is seen by itself.
+        self.child_tables = [table for space in [vars(model), *self.spaces] if (table := space["_modules"])]
+        self.parameter_tables = [table for space in self.spaces if (table := space["_parameters"])]
         self.children = list(chain.from_iterable(map(dict.values, self.child_tables)))
         self.slots = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
         self.parameters = [parameter for parameter in self.slots if parameter is not None]
         self.sizes = list(map(len, self.spaces))
         self.types = list(map(type, self.inner))
-        self.classes = [type(model), *set(self.types)]
+        self.classes: list[Any] = [type(model), *set(self.types)]
         self.forwards = [cls.forward for cls in self.classes]
         self.kinds = list(map(_kind, self.parameters))
 
@@ -46,9 +47,8 @@ class Structure:
         """The modules and parameters are the same objects."""
         children = list(chain.from_iterable(map(dict.values, self.child_tables)))
         slots = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
-        if len(children) != len(self.children) or len(slots) != len(self.slots):
-            return False
-        return all(map(is_, children, self.children)) and all(map(is_, slots, self.slots))
+        # Modules compare by identity, tensors must not be compared by `==`.
+        return children == self.children and len(slots) == len(self.slots) and all(map(is_, slots, self.slots))
 
     def same_code(self) -> bool:
         """No class was changed, no attribute such as ``forward`` was set on a module."""
@@ -68,9 +68,13 @@ class Structure:
             return ""
         if has_hooks(self.spaces):
             return "SF120"
-        training = any(space["training"] for space in self.spaces)
-        dropout = any(vars(module)["p"] > 0 for module in self.inner if isinstance(module, nn.Dropout))
-        return "SF122" if training and dropout else ""
+        return "SF122" if self._drops() else ""
+
+    def _drops(self) -> bool:
+        """A Dropout in training mode, or a module that asks its Dropout for the probability while itself in it."""
+        dropouts = [module for module in self.inner if isinstance(module, nn.Dropout)]
+        asking = [module for module in self.inner if type(module).__module__.startswith("transformers.models.")]
+        return any(module.training for module in dropouts + asking) and any(module.p > 0 for module in dropouts)
 
     def requires_grad(self) -> bool:
         return any(map(_requires_grad, self.parameters))

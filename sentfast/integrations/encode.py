@@ -7,6 +7,7 @@ run without padding; each batch goes to its rows of the one output.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
@@ -51,6 +52,19 @@ _call: ContextVar[tuple[Any, bool] | None] = ContextVar("sentfast_encode_call", 
 _BATCH_SIZE_POSITION = 4
 
 
+_used = False
+
+
+def _after_fork() -> None:
+    """PyTorch's threads do not outlive a fork, and a child would wait for them; as in a DataLoader, it runs on one."""
+    if _used:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def batch_size_noted(version: Version, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Around `encode`, `encode_query` and `encode_document`, which hand down 32 as if it had been asked for."""
@@ -87,6 +101,8 @@ def inference(
     **kwargs: Any,
 ) -> Tensor | str:
     """The embeddings [N, D], or the reason code why the original loop has to run."""
+    global _used
+    _used = True
     reason = _why_not_call(model, inputs, output_value, device, kwargs)
     if reason:
         return reason

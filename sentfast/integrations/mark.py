@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
+from sentfast.integrations import transformers
 from sentfast.integrations.versions import Version
 
 
 def before_forward(version: Version, module: Any, *args: Any, **kwargs: Any) -> None:
     """All bookkeeping stays with the original, which calls the base model's patched ``forward``."""
-    from sentfast.integrations import transformers
-
     if isinstance(module.auto_model, torch.nn.Module):
         transformers.mark(module.auto_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -88,7 +89,7 @@ def classes(version: Version) -> Classes:
 def find(version: Version, model: Any) -> Pipeline | str:
     """The model as the fused path runs it, or the reason code why not."""
     known = classes(version)
-    children = tuple(model._modules.values())
+    children: tuple[Any, ...] = tuple(model._modules.values())
     if len(children) < 2 or type(children[1]) is not known.pooling or not isinstance(children[0], known.transformer):
         return "SF101"
     transformer, pooling = children[:2]
@@ -101,7 +102,7 @@ def find(version: Version, model: Any) -> Pipeline | str:
     reason = reason or modules.why_not_pooling(version, pooling, modes)
     if reason:
         return reason
-    tail = children[2:]
+    tail: tuple[Any, ...] = children[2:]
     normalizes = bool(tail) and type(tail[0]) is known.normalize and not _hooked(tail[0]) and _in_place(tail[0])
     tail = tail[normalizes:]
     for module in tail:
@@ -135,7 +136,12 @@ def why_not_transformer(transformer: Any) -> str:
         return "SF107"
     if any(transformer.processing_kwargs.values()):
         return "SF107"
-    return tokenize.why_not(transformer.processor)
+    return tokenize.why_not(transformer.processor) or _why_not_padding(transformer.processor)
+
+
+def _why_not_padding(tokenizer: Any) -> str:
+    """With padding on the left, the original's positions and so its results depend on the longest text of a batch."""
+    return "SF104" if tokenizer.padding_side != "right" else ""
 
 
 def _overridden(module: Any, cls: type, steps: tuple[str, ...]) -> bool:
@@ -150,7 +156,7 @@ def _ours(cls: type) -> bool:
     return hasattr(vars(cls)["forward"], guards.MARK)
 
 
-def _hooked(module: nn.Module) -> bool:
+def _hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -188,12 +194,13 @@ def _activate(function: Any, x: Tensor) -> Tensor:
     return torch.cat([function(row) for row in rows.split(1)])[:, :width]
 
 
+_training = attrgetter("training")
 # The modules below a model, with the encoder that tells whether they are still the same.
 _below: WeakKeyDictionary[nn.Module, tuple[Encoder, list[nn.Module]]] = WeakKeyDictionary()
 
 
 def find_evaluated(version: Version, model: Any) -> Pipeline | str:
-    """:func:`find` after ``model.eval()``, which is not called where it would change nothing: it visits every module."""
+    """:func:`find` after ``model.eval()``, which visits every module and is left out where it would change nothing."""
     if model.training:
         model.eval()
     found = find(version, model)
@@ -205,6 +212,6 @@ def find_evaluated(version: Version, model: Any) -> Pipeline | str:
     below = _below.get(model)
     if below is None or below[0] is not found.encoder:
         below = _below[model] = found.encoder, list(model.modules())[1:]
-    if any(module.training for module in below[1]):
+    if any(map(_training, below[1])):
         model.eval()
     return found

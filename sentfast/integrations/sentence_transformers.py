@@ -47,7 +47,7 @@ def table(version: Version) -> tuple[Row, ...]:
         Row(_SIMILARITY, "pairwise_manhattan_sim", similarity.pairwise_manhattan_sim),
         Row(_SIMILARITY, "pairwise_angle_sim", similarity.pairwise_angle_sim),
         Row(_TENSOR, "normalize_embeddings", similarity.normalize_embeddings),
-        Row(version.worker.rpartition(".")[0], "start_multi_process_pool", workers.settings_noted, within),
+        Row(version.worker.rpartition(".")[0], "start_multi_process_pool", workers.choices_noted, within),
     )
     return rows + _loop(version) if version.inference else rows
 

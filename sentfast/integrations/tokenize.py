@@ -6,7 +6,6 @@ works with a copy of its own: the parts (vocabulary, normaliser, ...) are shared
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import threading
@@ -26,6 +25,8 @@ _STEPS = (
     "set_truncation_and_padding",
 )
 _FEATURES = {"input_ids", "attention_mask", "token_type_ids"}
+# So few texts are done before the tokenizer's own threads have woken up.
+_FEW = 4
 # Texts tokenised at a time: enough for the tokenizer's own threads, few enough that their encodings stay small.
 _PIECE = 512
 
@@ -64,7 +65,6 @@ def why_not(tokenizer: Any) -> str:
     return "" if _FEATURES.issuperset(tokenizer.model_input_names) else "SF101"
 
 
-@functools.lru_cache(maxsize=64)
 def _standard(cls: type) -> bool:
     return all(getattr(cls, step) is getattr(TokenizersBackend, step) for step in _STEPS)
 
@@ -119,7 +119,10 @@ class Tokenizer:
     def __call__(self, texts: list) -> Tokens:
         if self._prompt:
             texts = [_prepend(self._prompt, text) for text in texts]
-        encodings = self._backend.encode_batch_fast(texts)
+        if len(texts) <= _FEW:
+            encodings = [self._encode_one(text) for text in texts]
+        else:
+            encodings = self._backend.encode_batch_fast(texts)
         rows = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = _flat(rows, lengths)
@@ -130,6 +133,9 @@ class Tokenizer:
         if not pairs and not any(encodings[int(lengths.argmax())].type_ids):
             return Tokens(ids, None, lengths)
         return Tokens(ids, _flat([encoding.type_ids for encoding in encodings], lengths), lengths)
+
+    def _encode_one(self, text: Any) -> tokenizers.Encoding:
+        return self._backend.encode(text) if isinstance(text, str) else self._backend.encode(*text)
 
     def windows(self, texts: list, sizes: Iterator[int]) -> Iterator[tuple[int, Tokens]]:
         """(number of the first text, tokens) for as many texts at a time as `sizes` says."""

@@ -24,6 +24,7 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 
 _marked: WeakSet[nn.Module] = WeakSet()
+_sites: dict[type, switch.Site] = {}  # by the class that is patched
 
 
 class Signature(NamedTuple):
@@ -37,31 +38,31 @@ def mark(model: nn.Module) -> None:
     """Lets calls of a base model run packed; one that cannot runs the original and is counted."""
     if model in _marked or choice.is_off(model):
         return
-    site = _site(type(model))
-    if site is not None:
+    found = architecture_of(type(model))
+    if found is not None:
+        architecture, owner = found
+        build = functools.partial(_build, architecture)
+        site = _sites.setdefault(owner, switch.Site(f"{owner.__name__}.forward", owner, "forward", build))
         _marked.add(model)
         switch.add(site)
 
 
 def unmark(model: nn.Module) -> None:
-    """Undoes :func:`mark`; the class is as before when none of its models is marked any more."""
+    """Undoes :func:`mark`."""
     _marked.discard(model)
-    found = architecture_of(type(model))
-    site = _site(type(model))
-    if found is not None and site is not None and not any(isinstance(other, found[1]) for other in list(_marked)):
-        switch.remove(site)
+    sweep()
+
+
+def sweep() -> None:
+    """Restores the classes of which no marked model is left."""
+    alive = tuple(map(type, list(_marked)))
+    for owner in list(_sites):
+        if not any(issubclass(cls, owner) for cls in alive):
+            switch.remove(_sites.pop(owner))
 
 
 def is_marked(model: nn.Module) -> bool:
     return model in _marked
-
-
-def _site(cls: type) -> switch.Site | None:
-    found = architecture_of(cls)
-    if found is None:
-        return None
-    architecture, owner = found
-    return switch.Site(f"{owner.__name__}.forward", owner, "forward", functools.partial(_build, architecture))
 
 
 def _build(architecture: Architecture, original: Callable) -> Callable:
@@ -96,8 +97,7 @@ def _forward(architecture: Architecture, signature: Signature, model: Any, *args
     packed = pack_padded(encoder, *(arguments.get(name) for name in _INPUTS))
     if isinstance(packed, str):
         return packed
-    *tensors, length = packed
-    hidden = encoder.run_unchecked(*tensors, padded_length=length)
+    hidden = encoder.run_unchecked(*packed.arguments, padded_length=packed.length)
     return _outputs(architecture, model, hidden, form)
 
 
@@ -112,41 +112,9 @@ def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, An
         known = name in (*_INPUTS, *_OUTPUTS, "return_dict")
         if name not in names and not (more and known):
             return "SF107"
-        if value and name in _OUTPUTS:
+        if name in _OUTPUTS and value:
             return "SF121"
         if value is not None and value is not False and not known:
-            return "SF107"
-    return arguments
-    form = _form(model, arguments)
-    if isinstance(form, str):
-        return form
-    encoder = encoder_of(model, choice.chosen(model) or "match", inside=True)
-    if isinstance(encoder, str):
-        return encoder
-    packed = pack_padded(encoder, *(arguments.get(name) for name in _INPUTS))
-    if isinstance(packed, str):
-        return packed
-    *tensors, length = packed
-    hidden = encoder.run_unchecked(*tensors, padded_length=length)
-    return _outputs(architecture, model, hidden, form)
-
-
-def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | str:
-    """By name; a call that the original refuses, or whose arguments we do not know, is for the original."""
-    names, more = signature
-    arguments = dict(zip(names, args, strict=False))
-    if len(args) > len(names) or not arguments.keys().isdisjoint(kwargs):
-        return "SF107"
-    arguments.update(kwargs)
-    for name, value in arguments.items():
-        if name in _OUTPUTS:
-            if value:
-                return "SF121"
-        elif name not in names and not (more and name in (*_INPUTS, "return_dict")):
-            return "SF107"
-        elif name not in (*_INPUTS, "return_dict") and value:
-            return "SF107"
-        elif name in _OUTPUTS and name not in names and not more:
             return "SF107"
     return arguments
 
@@ -156,7 +124,7 @@ def _form(model: Any, arguments: dict[str, Any]) -> bool | str:
     by_default = getattr(model.config, "return_dict", True) and not getattr(model.config, "torchscript", False)
     asked = arguments.get("return_dict")
     # The versions of transformers read None and a missing pooler differently.
-    if asked is None and not by_default:
+    if asked is None and "return_dict" in arguments and not by_default:
         return "SF121"
     as_object = by_default if asked is None else bool(asked)
     if not as_object and getattr(model, "pooler", model) is None:

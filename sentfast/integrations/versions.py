@@ -19,7 +19,8 @@ class Version:
 
     Attributes:
         first: the first version of the range.
-        pooling, normalize, transformer, model: module of the class Pooling, Normalize, Transformer, SentenceTransformer.
+        pooling, normalize, transformer: module of the class.
+        model: module of the class SentenceTransformer.
         worker: module, class and name of the method that a process of a multi-process pool runs.
         inference: `encode` hands texts and resolved arguments to `_inference`.
         mode_flags: the pooling modes are one bool attribute each, with a fixed order.

@@ -13,11 +13,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sentfast import switch
+from torch import nn
+
+from sentfast import accelerate, restore, switch
+from sentfast.accelerate import base_models
+from sentfast.encoder import choice
 from sentfast.integrations.versions import Version
 
-# What accelerate() or restore() has asked for the model whose pool is being started: it is not pickled with the model.
-_settings: ContextVar[Any] = ContextVar("sentfast_pool_settings", default=None)
+# Of the model whose pool is being started: path of a base model -> precision, "" for one that is turned off. What
+# accelerate() and restore() have noted is not pickled with a model.
+_choices: ContextVar[dict[str, str] | None] = ContextVar("sentfast_pool_choices", default=None)
 
 
 class Worker:
@@ -29,22 +34,34 @@ class Worker:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if not switch.is_enabled():
             return self.original.__get__(instance, owner)
-        name = self.original.__func__.__name__
-        return functools.partial(run, owner or type(instance), name, _settings.get())
+        return functools.partial(run, owner or type(instance), self.original.__func__.__name__, _choices.get() or {})
 
 
-def run(owner: type, name: str, settings: Any, *args: Any, **kwargs: Any) -> Any:
-    """Runs the original method `name` of `owner`; in a worker process this module's import has switched sentfast on."""
+def run(owner: type, name: str, choices: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+    """Runs the original method `name` of `owner`. In a worker process, importing this module has imported sentfast."""
     switch.enable()
+    for model in args:
+        if isinstance(model, nn.Module):
+            _repeat(choices, model)
     method = inspect.getattr_static(owner, name)
     return getattr(method, "original", method).__get__(None, owner)(*args, **kwargs)
 
 
+def _repeat(choices: dict[str, str], model: nn.Module) -> None:
+    for path, precision in choices.items():
+        base = model.get_submodule(path)
+        if precision:
+            accelerate(base, precision)
+        else:
+            restore(base)
+
+
 @contextmanager
-def settings_noted(version: Version, model: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Around `start_multi_process_pool`."""
-    token = _settings.set(None)
+def choices_noted(version: Version, model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Around ``start_multi_process_pool``."""
+    found = {path: "" if choice.is_off(base) else choice.chosen(base) for path, base in base_models(model).items()}
+    token = _choices.set({path: precision for path, precision in found.items() if precision is not None})
     try:
         yield
     finally:
-        _settings.reset(token)
+        _choices.reset(token)

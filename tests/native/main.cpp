@@ -1,5 +1,7 @@
 // Every CPU kernel on every instruction set of this machine, on fresh random inputs, without Python or PyTorch.
 // Built and run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer by tests/test_native.py.
+#include "encoder_test.h"
+#include "layers_test.h"
 #include "pooling_test.h"
 #include "similarity_test.h"
 
@@ -17,6 +19,30 @@ void test_dtype() {
   check::test_matrix<T, T>(false);
   check::test_matrix<T, T>(true);
   check::test_matrix<float, T>(false);
+  check::test_embed<T>();
+  check::test_narrow<T>();
+}
+
+// E: the element of a linear layer's rows; Out: of its result.
+template <class E, class Out>
+void test_linear() {
+  check::test_linear<E, Out>();
+  check::test_activations<E, Out>();
+}
+
+template <class E>
+void test_compute() {
+  test_linear<E, E>();
+  check::test_attention<E>();
+  check::test_rotate<E>();
+  check::test_gate<E>();
+}
+
+void test_encoder() {
+  test_compute<float>();
+  test_compute<sentfast::cpu::BFloat16>();
+  test_linear<sentfast::cpu::BFloat16, float>();
+  check::test_layer_norm();
 }
 
 }  // namespace
@@ -31,6 +57,7 @@ int main(int argc, char** argv) {
       test_dtype<float>();
       test_dtype<BFloat16>();
       test_dtype<Float16>();
+      test_encoder();
     }
     std::printf("%s done\n", isa_name(static_cast<Isa>(i)));
   }
