@@ -142,14 +142,12 @@ def _encoder_row(name: str, module: Any) -> Row:
 
 
 def _encoder(name: str, kind: str, base: Any, precision: str) -> Row:
-    import torch
-
     from sentfast import registry
     from sentfast.encoder import encoder
 
     words = base.get_input_embeddings().weight
     backend = registry.ops["encoder"].choose(words)[0]
-    if encoder.compute_dtype(words.dtype, precision) == torch.bfloat16:
+    if encoder.products(base, precision) == "bf16":
         return Row(name, kind, "encoder", backend, "", "bf16")
     detail = "bf16 asked for, which these CPU kernels do not have" if precision == "bf16" else ""
     return Row(name, kind, "encoder", backend, "", "fp32", detail)

@@ -73,7 +73,7 @@ def test_names_are_unique_and_every_limit_is_known():
 
 def test_model_workload_runs_through_the_switch():
     row = measure(BY_NAME["encode"])
-    assert "pool" in row["ran"][OURS]["calls"]
+    assert "encoder" in row["ran"][OURS]["calls"]
     assert row["work"]["peak_float32"] > 0
 
 

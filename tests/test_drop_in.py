@@ -92,7 +92,7 @@ def save_encoder(folder, kind: str) -> str:
         vocab_size=len(vocabulary),
         hidden_size=40,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=5,
         intermediate_size=64,
         max_position_embeddings=64,
         pad_token_id=1,

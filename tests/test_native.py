@@ -25,7 +25,7 @@ def tier_flags() -> dict[str, str]:
 def test_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "g++")
     assert shutil.which(compiler), f"{compiler} is needed for these tests"
-    common = [compiler, "-std=c++17", "-O1", "-g", "-Wno-psabi", *SANITIZERS[sanitizer].split()]
+    common = [compiler, "-std=c++17", "-O1", "-g1", "-Wno-psabi", *SANITIZERS[sanitizer].split()]
     sources = {ROOT / "csrc" / "cpu" / f"tier_{tier}.cpp": flags for tier, flags in tier_flags().items()}
     sources |= {ROOT / "csrc" / "cpu" / "isa.cpp": "", ROOT / "tests" / "native" / "main.cpp": ""}
     objects, running = [], []
@@ -37,6 +37,6 @@ def test_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     assert all(process.wait() == 0 for process in running)
     program = str(tmp_path / "check")
     subprocess.run([*common, *objects, "-o", program, "-pthread"], check=True)
-    done = subprocess.run([program, "15"], capture_output=True, text=True)
+    done = subprocess.run([program, "8"], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert " 0 failed" in done.stdout

@@ -13,7 +13,7 @@ import tempfile
 import threading
 
 import pytest
-from sentence_transformers import models, util
+from sentence_transformers import SentenceTransformer, __version__, models, util
 from sentence_transformers.util import cos_sim
 
 import sentfast
@@ -29,6 +29,12 @@ FUNCTIONS = (
     "pairwise_angle_sim",
     "normalize_embeddings",
 )
+METHODS = ["Transformer.forward", "Pooling.forward", "Normalize.forward", "start_multi_process_pool"]
+if tuple(map(int, __version__.split(".")[:2])) >= (6, 2):
+    METHODS += ["_multi_process_worker", "_inference", "encode", "encode_query", "encode_document"]
+else:
+    METHODS += ["_encode_multi_process_worker"]
+COUNT = len(FUNCTIONS) + len(METHODS)
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +55,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def snapshot():
     """Everything that the switch may touch, to compare by identity."""
+    classes = (models.Transformer, models.Pooling, models.Normalize, *SentenceTransformer.__mro__[:2])
     return [
-        *((name, value) for cls in (models.Pooling, models.Normalize) for name, value in vars(cls).items()),
+        *((name, value) for cls in classes for name, value in vars(cls).items()),
         *((name, getattr(util, name)) for name in FUNCTIONS),
         *((name, getattr(util, name).__code__) for name in FUNCTIONS),
         *((name, getattr(util, name).__defaults__) for name in FUNCTIONS),
@@ -83,7 +90,7 @@ m = globals().get("m") or models.Pooling(3)
 m({"token_embeddings": x, "attention_mask": torch.ones(1, 2, dtype=torch.long)})
 cos_sim(x[0], x[0])
 from sentfast import switch
-assert len(switch.patched()) == 10 and not switch.problem()
+assert len(switch.patched()) == COUNT and not switch.problem()
 report = sentfast.report()
 ops = {name for name, backend in report.calls} | {name for name, code in report.fallbacks if code == "SF112"}
 assert ops in ({"pool", "cosine_similarity"}, {"Pooling.forward", "cos_sim"}), report
@@ -94,7 +101,7 @@ assert not sentfast.report().calls and not sentfast.report().fallbacks
 print("silent", end="")
 """
     )
-    result = python(code)
+    result = python(code.replace("COUNT", str(COUNT)))
     assert result.returncode == 0, result.stderr
     assert result.stdout == "silent"
     assert "sentfast" not in result.stderr
@@ -156,7 +163,7 @@ assert type(sentence_transformers.__spec__.loader).__name__ == "SourceFileLoader
 
 def test_hundred_cycles_leave_nothing_behind():
     patched = switch.patched()
-    assert len(patched) == len(FUNCTIONS) + 2
+    assert len(patched) == COUNT and all(any(name.endswith(end) for name in patched) for end in METHODS)
     sentfast.disable()
     before = snapshot()
     for _ in range(100):

@@ -45,19 +45,20 @@ struct Count {
 // Calls f(Count<n>{}) with n = rows, at most Vec::tile_rows.
 template <class F>
 SENTFAST_INLINE inline void with_rows(int64_t rows, F f) {
+  constexpr int most = Vec::tile_rows;
   switch (rows) {
     case 1:
       return f(Count<1>{});
     case 2:
       return f(Count<2>{});
     case 3:
-      return f(Count<3>{});
+      return f(Count<(most >= 3 ? 3 : most)>{});
     case 4:
-      return f(Count<4>{});
+      return f(Count<(most >= 4 ? 4 : most)>{});
     case 5:
-      return f(Count<(Vec::tile_rows >= 5 ? 5 : Vec::tile_rows)>{});
+      return f(Count<(most >= 5 ? 5 : most)>{});
     default:
-      return f(Count<Vec::tile_rows>{});
+      return f(Count<most>{});
   }
 }
 

@@ -4,7 +4,7 @@
 
 namespace linear {
 
-constexpr int64_t kBlockSteps = 1024;
+constexpr int64_t kBlockSteps = 256;
 constexpr int kTileColumns = Vec::tile_vectors * Vec::lanes;
 
 // A panel's steps [begin, begin + count).
@@ -20,7 +20,7 @@ SENTFAST_INLINE inline void tile(const Linear& p, const Part& part, int64_t row,
   Vec sum[R][V];
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < V; ++j) {
-      sum[i][j] = part.begin == 0 ? Vec::zero() : Vec::load(sums + i * kPanel + inside + j * Vec::lanes);
+      sum[i][j] = Vec::zero();
     }
   }
   const int64_t stride = p.stride_x / Step::depth;
@@ -29,7 +29,10 @@ SENTFAST_INLINE inline void tile(const Linear& p, const Part& part, int64_t row,
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) sum[i][j].store(sums + i * kPanel + inside + j * Vec::lanes);
+    for (int j = 0; j < V; ++j) {
+      float* to = sums + i * kPanel + inside + j * Vec::lanes;
+      (part.begin == 0 ? sum[i][j] : sum[i][j] + Vec::load(to)).store(to);
+    }
   }
 }
 

@@ -35,31 +35,35 @@ SENTFAST_INLINE inline Vec sigmoid(Vec x) {
   return one / (one + exp2<Exact>(y));
 }
 
-// x / 2 (1 + erf(x / sqrt 2)), the error function as x P(x^2) / Q(x^2).
+// x / 2 (1 + erf(x / sqrt 2)), the error function as x P(x^2) / Q(x^2). Beyond the limit it is 1 to within a rounding,
+// and must not stop short of it: what a strongly negative x then leaves is small but has the same sign everywhere.
 template <bool Exact>
 SENTFAST_INLINE inline Vec gelu(Vec x) {
-  const Vec limit = Vec::fill(Exact ? 5.3f : 4.2f);
+  const Vec limit = Vec::fill(Exact ? 5.7f : 4.6f), one = Vec::fill(1.0f);
   const Vec z = Vec::min(limit, Vec::max(Vec::zero() - limit, x)), u = z * z;
   Vec p, q;
   if constexpr (Exact) {
-    p = Vec::fma(u, Vec::fill(4.81005e-8f), Vec::fill(1.2758108e-5f));
-    p = Vec::fma(u, p, Vec::fill(3.2066883e-4f));
-    p = Vec::fma(u, p, Vec::fill(9.255986e-3f));
-    p = Vec::fma(u, p, Vec::fill(6.587156e-2f));
-    p = Vec::fma(u, p, Vec::fill(7.978845e-1f));
-    q = Vec::fma(u, Vec::fill(1.2371664e-6f), Vec::fill(7.135226e-5f));
-    q = Vec::fma(u, q, Vec::fill(1.8365711e-3f));
-    q = Vec::fma(u, q, Vec::fill(2.8138822e-2f));
-    q = Vec::fma(u, q, Vec::fill(2.49224e-1f));
+    p = Vec::fma(u, Vec::fill(-3.911074797e-10f), Vec::fill(2.862654824e-8f));
+    p = Vec::fma(u, p, Vec::fill(1.459588293e-5f));
+    p = Vec::fma(u, p, Vec::fill(2.849739685e-4f));
+    p = Vec::fma(u, p, Vec::fill(9.189595468e-3f));
+    p = Vec::fma(u, p, Vec::fill(6.088946760e-2f));
+    p = Vec::fma(u, p, Vec::fill(7.978845835e-1f));
+    q = Vec::fma(u, Vec::fill(-6.713539946e-9f), Vec::fill(1.510137395e-6f));
+    q = Vec::fma(u, q, Vec::fill(7.020016346e-5f));
+    q = Vec::fma(u, q, Vec::fill(1.761348685e-3f));
+    q = Vec::fma(u, q, Vec::fill(2.701402269e-2f));
+    q = Vec::fma(u, q, Vec::fill(2.429803610e-1f));
   } else {
-    p = Vec::fma(u, Vec::fill(-3.9475075e-5f), Vec::fill(4.0617525e-3f));
-    p = Vec::fma(u, p, Vec::fill(8.104127e-2f));
-    p = Vec::fma(u, p, Vec::fill(7.9758948e-1f));
-    q = Vec::fma(u, Vec::fill(2.585386e-2f), Vec::fill(2.6693329e-1f));
+    p = Vec::fma(u, Vec::fill(6.639224739e-5f), Vec::fill(7.644851226e-3f));
+    p = Vec::fma(u, p, Vec::fill(5.457564816e-2f));
+    p = Vec::fma(u, p, Vec::fill(7.978816032e-1f));
+    q = Vec::fma(u, Vec::fill(1.163337729e-3f), Vec::fill(2.373123728e-2f));
+    q = Vec::fma(u, q, Vec::fill(2.350751460e-1f));
   }
-  q = Vec::fma(u, q, Vec::fill(1.0f));
-  const Vec half = Vec::fill(0.5f) * x;
-  return Vec::fma(half, z * p / q, half);
+  q = Vec::fma(u, q, one);
+  const Vec erf = Vec::min(one, Vec::max(Vec::zero() - one, z * p / q)), half = Vec::fill(0.5f) * x;
+  return Vec::fma(half, erf, half);
 }
 
 struct Identity {

@@ -5,7 +5,7 @@
 struct Vec {
   static constexpr int lanes = 8;
   static constexpr int tile_vectors = 1;  // width of the matrix tile, in vectors
-  static constexpr int tile_rows = 4;
+  static constexpr int tile_rows = 2;
   float v[lanes];
 
   using Mask = unsigned;  // bit per lane

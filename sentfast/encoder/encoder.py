@@ -254,7 +254,7 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
         return reason
     if torch.is_grad_enabled() and entry.structure.requires_grad():
         return "SF122"
-    dtype = compute_dtype(entry.found.words.weight.dtype, precision)
+    dtype = _compute_dtype(entry.found, precision)
     encoder = entry.encoders.get(dtype)
     return _packed(entry, dtype) if encoder is None else encoder
 
@@ -298,20 +298,33 @@ def refusal_of(model: nn.Module) -> Refusal | None:
     found = _entry(model).found
     if isinstance(found, Refusal):
         return found
-    implementation = vars(vars(model)["config"]).get("_attn_implementation_internal")
+    own = vars(model)
+    implementation = vars(own["config"]).get("_attn_implementation_internal")
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         return Refusal("SF124", repr(implementation))
+    if "forward" in own:
+        return Refusal("SF110", "the forward of the model itself was replaced")
+    if own.get("_compiled_call_impl") is not None:
+        return Refusal("SF127", "the model was compiled")
     hooked = [module for module in _entry(model).structure.inner if has_hooks([vars(module)])]
-    if hooked or has_hooks([vars(model)]):
-        return Refusal("SF120", f"on a {type(hooked[0] if hooked else model).__name__}")
+    if hooked:
+        return Refusal("SF120", f"on a {type(hooked[0]).__name__}")
     reason = guards.device("cpu")
     return Refusal(reason, native.why_no_cpu()) if reason else None
 
 
-def compute_dtype(dtype: torch.dtype, precision: str) -> torch.dtype:
-    """In what a model of this dtype multiplies: bfloat16 where that is asked for and the CPU has it."""
-    asked = precision == "bf16" or dtype == torch.bfloat16
-    return torch.bfloat16 if asked and has_bf16() else torch.float32
+def products(model: nn.Module, precision: str) -> str:
+    """In what a covered model multiplies: "fp32" or "bf16"."""
+    found = _entry(model).found
+    assert isinstance(found, Parts)
+    return "bf16" if _compute_dtype(found, precision) == torch.bfloat16 else "fp32"
+
+
+def _compute_dtype(parts: Parts, precision: str) -> torch.dtype:
+    """bfloat16 where that is asked for, the CPU has it, and the columns come in pairs, as its panels hold them."""
+    asked = precision == "bf16" or parts.words.weight.dtype == torch.bfloat16
+    pairs = all(layer.down.in_features % 2 == 0 for layer in parts.layers)
+    return torch.bfloat16 if asked and pairs and has_bf16() else torch.float32
 
 
 def has_bf16() -> bool:

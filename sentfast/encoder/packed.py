@@ -89,6 +89,8 @@ def _lengths(mask: Any, input_ids: Tensor) -> np.ndarray | str:
     if mask.dtype == torch.bfloat16 or mask.is_complex():
         return "SF104"
     values = mask.detach().numpy()
+    if (values == 1).all():
+        return np.full(values.shape[0], values.shape[1])
     lengths = np.count_nonzero(values, axis=1)
     prefix = np.arange(values.shape[1]) < lengths[:, None]
     return lengths if lengths.min() > 0 and (values == prefix).all() else "SF104"

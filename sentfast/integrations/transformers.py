@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -23,6 +24,7 @@ from sentfast.integrations import guards
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 
+_lock = threading.RLock()
 _marked: WeakSet[nn.Module] = WeakSet()
 _sites: dict[type, switch.Site] = {}  # by the class that is patched
 
@@ -39,26 +41,30 @@ def mark(model: nn.Module) -> None:
     if model in _marked or choice.is_off(model):
         return
     found = architecture_of(type(model))
-    if found is not None:
-        architecture, owner = found
-        build = functools.partial(_build, architecture)
-        site = _sites.setdefault(owner, switch.Site(f"{owner.__name__}.forward", owner, "forward", build))
+    if found is None:
+        return
+    architecture, owner = found
+    build = functools.partial(_build, architecture)
+    with _lock:
         _marked.add(model)
+        site = _sites.setdefault(owner, switch.Site(f"{owner.__name__}.forward", owner, "forward", build))
         switch.add(site)
 
 
 def unmark(model: nn.Module) -> None:
     """Undoes :func:`mark`."""
-    _marked.discard(model)
+    with _lock:
+        _marked.discard(model)
     sweep()
 
 
 def sweep() -> None:
     """Restores the classes of which no marked model is left."""
-    alive = tuple(map(type, list(_marked)))
-    for owner in list(_sites):
-        if not any(issubclass(cls, owner) for cls in alive):
-            switch.remove(_sites.pop(owner))
+    with _lock:
+        alive = [type(model) for model in _marked]
+        for owner in list(_sites):
+            if not any(issubclass(cls, owner) for cls in alive):
+                switch.remove(_sites.pop(owner))
 
 
 def is_marked(model: nn.Module) -> bool:
@@ -121,7 +127,8 @@ def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _form(model: Any, arguments: dict[str, Any]) -> bool | str:
     """Whether the outputs come as an object; else as a tuple."""
-    by_default = getattr(model.config, "return_dict", True) and not getattr(model.config, "torchscript", False)
+    config = vars(model.config)  # its own look-up costs a microsecond
+    by_default = config.get("return_dict", True) and not config.get("torchscript", False)
     asked = arguments.get("return_dict")
     # The versions of transformers read None and a missing pooler differently.
     if asked is None and "return_dict" in arguments and not by_default:

@@ -109,8 +109,8 @@ class _Encoder:
         """The identity where there is no weight."""
         if weight.numel() == 0:
             return x
-        bias = bias.to(x.dtype) if bias.numel() else None
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias, self.eps)
+        shift = bias.to(x.dtype) if bias.numel() else None
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight.to(x.dtype), shift, self.eps)
 
     def attention(self, qkv: Tensor, window: int, rotary: Tensor | None) -> Tensor:
         """One sequence: [L, 3 * H] -> [L, H]."""
