@@ -117,6 +117,7 @@ class BuildLibraries(build_ext):
             "cpu/isa": "",
             "cpu/pooling": self.torch_flags,
             "cpu/similarity": self.torch_flags,
+            "cpu/linear": self.torch_flags,
             "cpu/encoder": self.torch_flags,
             "module": python,
         }

@@ -117,10 +117,15 @@ def quality(rows: list[Row]) -> str:
 
 
 def share(rows: list[Row]) -> str:
-    """Part of the encoder's time by kernel: {"shares": {kernel: fraction}}."""
-    kernels = list(dict.fromkeys(kernel for row in rows for kernel in row["shares"]))
-    body = [[row["title"], *(percent(row["shares"].get(kernel)) for kernel in kernels)] for row in rows]
-    return markdown(["share of the time", *kernels], body)
+    """Part of the encoder's time by stage and, where it multiplies, the part of the peak that it reaches."""
+    stages = list(dict.fromkeys(stage for row in rows for stage in row["shares"]))
+
+    def cell(row: Row, stage: str) -> str:
+        rate = row["of_peak"].get(stage)
+        return percent(row["shares"].get(stage)) + (f" ({percent(rate)})" if rate else "")
+
+    body = [[row["title"] + weights(row), *(cell(row, stage) for stage in stages)] for row in rows]
+    return markdown(["share of the time (of the peak)", *stages], body)
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {

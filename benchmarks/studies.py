@@ -13,6 +13,7 @@ import encode
 import gemm
 import latency
 import quality
+import share
 import startup
 from study import Settings
 
@@ -47,6 +48,7 @@ STUDIES = (
     Study("encoder_startup", startup, (startup.MEMORY, startup.START), ("minilm", "mpnet"), ("minilm",)),
     Study("encoder_quality_minilm", quality, (quality.TABLE,), ("minilm",), ("minilm",)),
     Study("encoder_quality_mpnet", quality, (quality.TABLE,), ("mpnet",)),
+    Study("encoder_share", share, (share.TABLE,), ("minilm", "mpnet"), ("minilm",)),
 )
 TABLES = tuple(dict.fromkeys(table for study in STUDIES for table in study.tables))
 

@@ -3,17 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <chrono>
-#include <cstdio>
 #include <cstring>
-#include <fstream>
+#include <map>
 #include <string>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/profile.h"
 
 namespace py = pybind11;
 using namespace sentfast::cpu;
@@ -95,33 +92,14 @@ uint64_t fingerprint(const std::vector<uintptr_t>& pointers, const std::vector<i
   return hash;
 }
 
-// Whether [begin, end) lies in a mapping of a file.
-bool in_mapped_file(uintptr_t begin, uintptr_t end) {
-  std::ifstream maps("/proc/self/maps");
-  std::string line;
-  while (std::getline(maps, line)) {
-    unsigned long long first = 0, last = 0, inode = 0;
-    if (std::sscanf(line.c_str(), "%llx-%llx %*s %*s %*s %llu", &first, &last, &inode) != 3) continue;
-    if (begin >= first && begin < last) return inode != 0 && end <= last;
+// Seconds of each stage of the encoder since the last call; measured from now on if `enabled`.
+std::map<std::string, double> encoder_profile(bool enabled) {
+  std::map<std::string, double> seconds;
+  for (int i = 0; i < kStages; ++i) {
+    seconds[kStageNames[i]] = static_cast<double>(profile().nanoseconds[i].exchange(0)) * 1e-9;
   }
-  return false;
-}
-
-// Lets the kernel take back the pages of a mapped file that are read nowhere else; touched again, they are read again.
-// Memory of any other kind is left alone. True if it was a mapped file.
-bool drop_file_pages(uintptr_t pointer, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_PAGEOUT)
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (pointer + page - 1) / page * page,
-                  end = (pointer + static_cast<uintptr_t>(bytes)) / page * page;
-  if (bytes <= 0 || begin >= end || !in_mapped_file(begin, end)) return false;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_PAGEOUT);
-  return true;
-#else
-  (void)pointer;
-  (void)bytes;
-  return false;
-#endif
+  profile().enabled = enabled;
+  return seconds;
 }
 
 }  // namespace
@@ -133,7 +111,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds"));
   m.def("linear_gflops", &linear_gflops, py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
         py::arg("seconds"));
+  m.def("encoder_profile", &encoder_profile, py::arg("enabled"));
   m.def("fingerprint", &fingerprint, py::arg("pointers"), py::arg("sizes"));
-  m.def("drop_file_pages", &drop_file_pages, py::arg("pointer"), py::arg("bytes"));
   isa();  // an unusable SENTFAST_CPU_ISA is an error at import, not at the first call
 }

@@ -85,8 +85,7 @@ class Op:
         if is_compiling():  # the compiler sees one opaque operator; PyTorch picks the backend
             return self.overload(*args) if x.dtype in KERNEL_DTYPES else self.reference(*args)
         if x.is_cpu and x.dtype in KERNEL_DTYPES and forced_backend() is None and _STATE.cpu is not None:
-            self.calls["cpu"] += 1  # the common case, in the fewest steps
-            return self.compiled_cpu(*args)
+            return self.native(*args)  # the common case, in the fewest steps
         backend, implementation = self.choose(x)
         self.calls[backend] += 1
         return implementation(*args)
@@ -110,6 +109,11 @@ class Op:
         if _STRICT:
             raise BackendError(f"sentfast: SENTFAST_STRICT=1 and {self.name!r} has no kernel here: {self.explain(x)}.")
         return "reference", self.reference
+
+    def native(self, *args: Any) -> Any:
+        """Calls the compiled CPU kernel; for callers that know that it will run."""
+        self.calls["cpu"] += 1
+        return self.compiled_cpu(*args)
 
     def implementation(self, backend: str) -> Callable:
         if backend == "cpu":

@@ -58,7 +58,7 @@ def random_weights(c: Config) -> list[Tensor]:
 
     def linear(rows: int, columns: int) -> list[Tensor]:
         weight = torch.randn(rows, columns) / columns**0.5
-        return [reference.pack_panels(weight.to(c.panels)), bias(rows)]
+        return [reference.pack_panels(weight, [], c.panels == torch.bfloat16), bias(rows)]
 
     weights = [torch.randn(c.positions, embedding).to(c.dtype) if c.positions else NONE]
     weights += [torch.randn(c.token_types, embedding).to(c.dtype) if c.token_types else NONE, *norm(embedding)]

@@ -125,7 +125,8 @@ def ran(site: str = "", code: str = "") -> Iterator[None]:
     if code:
         assert report.fallbacks == {(site, code): 1} and ("encoder", BACKEND) not in report.calls, str(report)
     else:
-        assert report.calls == {("encoder", BACKEND): 1} and not report.fallbacks, str(report)
+        calls = {call: count for call, count in report.calls.items() if call[0] != "pack_panels"}
+        assert calls == {("encoder", BACKEND): 1} and not report.fallbacks, str(report)
 
 
 def stock(made: Any, *args: Any, **kwargs: Any) -> Any:

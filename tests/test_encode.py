@@ -638,7 +638,7 @@ def test_models_that_the_loop_leaves_to_the_original(makers, disturb, codes, ope
     report = sentfast.report()
     np.testing.assert_allclose(result, eager, atol=1e-5)
     assert {code for (site, code) in report.fallbacks if site == "SentenceTransformer._inference"} == codes
-    assert {name for name, _ in report.calls} == operators
+    assert {name for name, _ in report.calls} - {"pack_panels"} == operators
 
 
 def test_text_longer_than_the_position_table(makers):

@@ -269,13 +269,14 @@ def test_studies_are_selected_kept_and_rendered(tmp_path):
     assert len(workloads) == 1 and chosen == []
     path, described = tmp_path / "result.json", machine.describe(torch.device("cpu"), 1)
     judged = study.judged("fp32 at least 2 × faster", 2.0, 1.5, "×")
-    row = {"study": "encoder_minilm", "table": "encoder_share", "title": "toy", "shares": {"gemm": 0.75}}
+    row = {"study": "encoder_minilm", "table": "encoder_share", "title": "toy"}
+    row.update(shares={"gemm": 0.75, "norm": 0.25}, of_peak={"gemm": 0.5})
     row.update(targets={"speed": judged}, ran={}, weights="real", **machine.commit())
     bench.write(path, described, LIMITS, {}, {"encoder_toy": row})
     bench.write(path, described, LIMITS, {"pool_mean": {"table": "pooling", "targets": {}, **machine.commit()}})
     written = json.loads(path.read_text())
     assert list(written["workloads"]) == ["pool_mean"] and list(written["studies"]) == ["encoder_toy"]
-    assert "| toy | 75% |" in report.render_block("encoder_share", None, {"here": written})
+    assert "| toy | 75% (50%) | 25% |" in report.render_block("encoder_share", None, {"here": written})
     targets = report.targets_table(written, "targets")
     assert "| fp32 at least 2 × faster | 1.50 × | **no** |" in targets
     assert "Not measured yet" in report.render_block("encoder_latency", None, {"here": written})

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <optional>
 
+#include "profile.h"
 #include "tensors.h"
 
 namespace sentfast::cpu {
@@ -431,8 +432,11 @@ class Forward {
   int64_t sequences() const { return group_.end - group_.begin; }
   int64_t row_grain() const { return grain(4 * m_.hidden); }
 
-  void linear(LinearFn kernel, const Panels& panels, const void* x, const float* bias, Activation activation, void* y) {
-    const Linear p = {panels.columns, panels.depth, x, panels.depth, panels.data, bias, activation, y, panels.columns};
+  // y = activation(x w^T + bias); rows of x are `stride` elements apart.
+  void linear(Stage stage, LinearFn kernel, const Panels& panels, const void* x, int64_t stride, const float* bias,
+              Activation activation, void* y) {
+    const Timed timed(stage);
+    const Linear p = {panels.columns, panels.depth, x, stride, panels.data, bias, activation, y, panels.columns};
     const int64_t count = (panels.columns + kPanel - 1) / kPanel;
     team_.run(count, 1, [&](int64_t begin, int64_t end) {
       const int64_t rows = (rows_ + 7) / 8 * 8;
@@ -442,17 +446,18 @@ class Forward {
   }
 
   // As elements, for the next linear layer.
-  void linear(const Panels& panels, const void* x, const float* bias, Activation activation, void* y) {
-    linear(kernels_.linear[compute()], panels, x, bias, activation, y);
+  void linear(Stage stage, const Panels& panels, const void* x, const float* bias, Activation activation, void* y) {
+    linear(stage, kernels_.linear[compute()], panels, x, panels.depth, bias, activation, y);
   }
 
   // y as floats.
-  void linear_sum(const Panels& panels, const void* x, const float* bias) {
-    linear(kernels_.linear_float32[compute()], panels, x, bias, kIdentity, buffers_.y);
+  void linear_sum(Stage stage, const Panels& panels, const void* x, int64_t stride, const float* bias) {
+    linear(stage, kernels_.linear_float32[compute()], panels, x, stride, bias, kIdentity, buffers_.y);
   }
 
   // x = norm(y + residual), and the next linear layer's input from it.
   void norm_after(const Norm& norm, const float* residual, int64_t dim) {
+    const Timed timed(kNorm);
     LayerNorm p = {dim, buffers_.y, residual, norm.weight, norm.bias, m_.eps, nullptr, buffers_.x, nullptr};
     if (m_.compute == Compute::BFloat16) p.normed_bfloat16 = static_cast<BFloat16*>(buffers_.input);
     team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernels_.layer_norm(p, begin, end); });
@@ -460,6 +465,7 @@ class Forward {
 
   // x = y + residual, and the next linear layer's input = norm(x). Without a norm, the input is x.
   void norm_before(const Norm& norm, const float* y, const float* residual) {
+    const Timed timed(kNorm);
     LayerNorm p = {m_.hidden, y, residual, norm.weight, norm.bias, m_.eps, buffers_.x, nullptr, nullptr};
     if (m_.compute == Compute::BFloat16) {
       p.normed_bfloat16 = static_cast<BFloat16*>(buffers_.input);
@@ -479,7 +485,10 @@ class Forward {
                      m_.types,
                      buffers_.y};
     const EmbedFn kernel = kernels_.embed[static_cast<int>(m_.dtype)];
-    team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    {
+      const Timed timed(kEmbedding);
+      team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    }
     if (m_.projection.data != nullptr) {
       project();
     } else {
@@ -499,11 +508,12 @@ class Forward {
       p.normed = static_cast<float*>(input);
     }
     team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernels_.layer_norm(p, begin, end); });
-    linear_sum(m_.projection, input, m_.projection_bias);
+    linear_sum(kEmbedding, m_.projection, input, m_.embedding, m_.projection_bias);
     norm_after({nullptr, nullptr}, nullptr, m_.hidden);
   }
 
   void attention(const Layer& layer, bool first_row_only) {
+    const Timed timed(kAttend);
     const int64_t head_dim = m_.hidden / m_.heads;
     if (m_.rotary != nullptr) {
       const float* table = m_.rotary + (layer.window >= 0 ? m_.rotary_positions * head_dim : 0);
@@ -531,11 +541,11 @@ class Forward {
   }
 
   void layer(const Layer& layer, const Layer* next, bool first_rows_only) {
-    linear(layer.qkv, buffers_.input, layer.qkv_bias, kIdentity, buffers_.qkv);
+    linear(kQkv, layer.qkv, buffers_.input, layer.qkv_bias, kIdentity, buffers_.qkv);
     const bool shorten = first_rows_only && next == nullptr;
     attention(layer, shorten);
     if (shorten) keep_first_rows();
-    linear_sum(layer.output, buffers_.context, layer.output_bias);
+    linear_sum(kOutput, layer.output, buffers_.context, m_.hidden, layer.output_bias);
     if (m_.pre_norm) {
       norm_before(layer.feed_forward_norm, buffers_.y, buffers_.x);
     } else {
@@ -553,20 +563,13 @@ class Forward {
 
   void feed_forward(const Layer& layer) {
     const Activation activation = m_.gated ? kIdentity : m_.activation;
-    linear(layer.up, buffers_.input, layer.up_bias, activation, buffers_.up);
-    Panels down = layer.down;
-    int64_t stride = m_.intermediate;
+    linear(kUp, layer.up, buffers_.input, layer.up_bias, activation, buffers_.up);
     if (m_.gated) {
-      stride = 2 * m_.intermediate;
-      const Gate p = {m_.intermediate, m_.activation, buffers_.up, stride};
+      const Timed timed(kUp);
+      const Gate p = {m_.intermediate, m_.activation, buffers_.up, m_.up_columns()};
       team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernels_.gate[compute()](p, begin, end); });
     }
-    const Linear p = {down.columns,    down.depth, buffers_.up, stride,      down.data,
-                      layer.down_bias, kIdentity,  buffers_.y,  down.columns};
-    team_.run((down.columns + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
-      auto* sums = static_cast<float*>(scratch_memory.get((rows_ + 7) / 8 * 8 * kPanel * 4));
-      kernels_.linear_float32[compute()](p, {0, rows_, begin, end, sums});
-    });
+    linear_sum(kDown, layer.down, buffers_.up, m_.up_columns(), layer.down_bias);
   }
 
   const Model& m_;
@@ -631,6 +634,7 @@ void write_tokens(const Model& m, const Batch& b, const Group& group, const Forw
 void run_group(const Model& m, const Batch& b, const Group& group, bool shared, const Output& out) {
   Forward forward(m, b, group, shared);
   forward.run(out.first_rows_only());
+  const Timed timed(kResult);
   if (out.modes.empty()) {
     write_tokens(m, b, group, forward, out);
   } else {

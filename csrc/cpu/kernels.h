@@ -160,6 +160,14 @@ struct Linear {
   int64_t stride_y;
 };
 
+// Up to kPanel rows of a weight as one panel; missing rows and the second half of an odd last pair are zero.
+struct PackPanel {
+  int64_t rows, columns;
+  const void* weight;
+  int64_t stride;
+  void* panel;
+};
+
 // Rows and panels of y, the unit of work of a thread. scratch: kPanel floats for each of the rows.
 struct LinearBlock {
   int64_t row_begin, row_end, panel_begin, panel_end;
@@ -235,6 +243,7 @@ using PairwiseBackwardFn = void (*)(const PairwiseBackward&, int64_t begin, int6
 using MatrixFn = void (*)(const Matrix&, const Block&, void* scratch);
 
 using LinearFn = void (*)(const Linear&, const LinearBlock&);
+using PackPanelFn = void (*)(const PackPanel&);
 using AttentionFn = void (*)(const Attention&, int64_t begin, int64_t end, void* scratch);
 using LayerNormFn = void (*)(const LayerNorm&, int64_t begin, int64_t end);
 using EmbedFn = void (*)(const Embed&, int64_t begin, int64_t end);
@@ -257,6 +266,7 @@ struct Kernels {
   // Indexed by Compute; rows of y are as those of x, or float32.
   LinearFn linear[kComputes], linear_float32[kComputes];
   AttentionFn attention[kComputes];
+  PackPanelFn pack_panel[kComputes][kDtypes];  // by what the panel is for, and the dtype of the weight
   RotateFn rotate[kComputes];
   GateFn gate[kComputes];
   // Multiply-adds in registers only: floating-point operations done by `rounds` rounds; nullptr: no such instruction.

@@ -1,6 +1,6 @@
 // y = activation(x w^T + bias) with weights in panels of 64 output features: a panel, or of a deep one a part that fits
 // the second cache, is multiplied with every row before the next is touched. Sums go through the first cache on their
-// way to y: a percent of the time, for which bias and activation need not be unrolled into the tile.
+// way to y, so that bias and activation need not be unrolled into the tile.
 
 namespace linear {
 
@@ -84,6 +84,30 @@ void linear(const Linear& p, const LinearBlock& b) {
               p.activation, [&](auto a) { finish<Out, decltype(a)>(p, row, decltype(r)::value, panel, sums); });
         });
       }
+    }
+  }
+}
+
+// Sixteen Words of a row at a time, so that the lines that they go to stay in the first cache for all rows.
+template <class Step, class T>
+void pack_panel(const PackPanel& p) {
+  using Element = typename Step::Element;
+  constexpr int64_t words = 16, elements = words * Step::depth;
+  Word* panel = static_cast<Word*>(p.panel);
+  for (int64_t column = 0; column < p.columns; column += elements) {
+    const int64_t count = p.columns - column < elements ? p.columns - column : elements;
+    const int64_t steps = (count + Step::depth - 1) / Step::depth;
+    Word* to = panel + column / Step::depth * kPanel;
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const T* from = static_cast<const T*>(p.weight) + row * p.stride + column;
+      prefetch(from + elements);
+      alignas(64) Word line[words] = {};
+      Element* element = reinterpret_cast<Element*>(line);
+      each_vector(count, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(from + d, k), element + d, k); });
+      for (int64_t s = 0; s < steps; ++s) to[s * kPanel + row] = line[s];
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t row = p.rows; row < kPanel; ++row) to[s * kPanel + row] = 0;
     }
   }
 }

@@ -46,6 +46,10 @@ void set_layout(Layout& layout, const std::optional<Tensor>& mask, const std::op
     STD_TORCH_CHECK(
         mask->dim() == 2 && mask->size(0) == layout.batch && mask->size(1) == layout.length && mask->is_cpu(),
         "attention_mask: expected a CPU tensor of shape [", layout.batch, ", ", layout.length, "]");
+    const ScalarType dtype = mask->scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Byte || dtype == ScalarType::Char ||
+                        dtype == ScalarType::Short || dtype == ScalarType::Int || dtype == ScalarType::Long,
+                    "attention_mask: expected a bool or integer tensor");
     layout.mask = mask->const_data_ptr();
     layout.mask_bytes = static_cast<int64_t>(mask->element_size());
     layout.mask_stride_batch = mask->stride(0);

@@ -22,6 +22,9 @@ void fill_compute(Kernels& t, Compute compute) {
   const int i = static_cast<int>(compute);
   t.linear[i] = linear::linear<Step, Element>;
   t.linear_float32[i] = linear::linear<Step, float>;
+  t.pack_panel[i][static_cast<int>(Dtype::Float32)] = linear::pack_panel<Step, float>;
+  t.pack_panel[i][static_cast<int>(Dtype::BFloat16)] = linear::pack_panel<Step, BFloat16>;
+  t.pack_panel[i][static_cast<int>(Dtype::Float16)] = linear::pack_panel<Step, Float16>;
   t.attention[i] = attention::attention<Step>;
   t.rotate[i] = layers::rotate<Element>;
   t.gate[i] = layers::gate<Element>;

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sentfast.encoder.examine import LayerParts, Parts
+from sentfast.ops.encoder import pack_panels
 from sentfast.reference import PANEL, Embedding, Layer
 
 
@@ -36,35 +36,11 @@ def pack(parts: Parts, compute_dtype: torch.dtype) -> list[Tensor]:
 
 
 def panels(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """``reference.pack_panels`` of the pieces' rows one below the other, in `dtype`, without copies on the way.
-
-    NumPy transposes: PyTorch wakes its threads for each panel, which takes longer than the panel.
-    """
-    if len(pieces) > 1 and any(piece.shape[0] % PANEL for piece in pieces):
-        pieces = [torch.cat([piece.detach() for piece in pieces])]
-    columns = pieces[0].shape[1]
-    count = -(-sum(piece.shape[0] for piece in pieces) // PANEL)
-    half = dtype == torch.bfloat16
-    packed = torch.empty(count, -(-columns // 2), PANEL, 2, dtype=dtype) if half else torch.empty(count, columns, PANEL)
-    flat = (packed.view(torch.int32).squeeze(-1) if half else packed).numpy()
-    flat[-1] = 0  # the rows that fill up the last panel
-    index = 0
-    for piece in pieces:
-        rows = _words(piece.detach().to(dtype)) if half else piece.detach().float().numpy()
-        whole = rows.shape[0] // PANEL
-        full = rows[: whole * PANEL].reshape(whole, PANEL, rows.shape[1])
-        flat[index : index + whole] = full.transpose(0, 2, 1)
-        index += whole
-        rest = rows[whole * PANEL :]
-        if len(rest):
-            flat[index, :, : len(rest)] = rest.T
-    return packed
-
-
-def _words(rows: Tensor) -> np.ndarray:
-    """A pair of bfloat16 columns as one number."""
-    filled = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2)) if rows.shape[1] % 2 else rows.contiguous()
-    return filled.view(torch.int32).numpy()
+    """The pieces' rows one below the other, in panels of `dtype`."""
+    pieces = [piece.detach() for piece in pieces]
+    if any(piece.shape[0] % PANEL for piece in pieces[:-1]):
+        pieces = [torch.cat(pieces)]
+    return pack_panels(pieces[0], pieces[1:], dtype == torch.bfloat16)
 
 
 def _layer(layer: LayerParts, compute_dtype: torch.dtype) -> Layer:

@@ -67,10 +67,6 @@ def sweep() -> None:
                 switch.remove(_sites.pop(owner))
 
 
-def is_marked(model: nn.Module) -> bool:
-    return model in _marked
-
-
 def _build(architecture: Architecture, original: Callable) -> Callable:
     parameters = list(inspect.signature(original).parameters.values())[1:]
     signature = Signature(

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
+from sentfast import native as _native
+from sentfast import registry
+
+_STATE = _native.state
+_PLAIN = (Tensor, Parameter)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -14,15 +21,15 @@ def describe(x: object) -> str:
     return f"{type(x).__name__}"
 
 
-def floats(name: str, x: object, ndim: str, ranks: tuple[int, ...] | None = None) -> None:
-    """x is a dense floating-point tensor; `ndim` says the ranks in words, `ranks` lists them (None: at least 1)."""
+def floats(name: str, x: object, ndim: str, ranks: tuple[int, ...] | None = None) -> Tensor:
+    """x if it is a dense floating-point tensor; `ndim` says the ranks in words, `ranks` lists them (None: not 0)."""
     if (
         isinstance(x, Tensor)
         and x.dtype in FLOATS
         and x.layout is torch.strided
         and (x.ndim > 0 if ranks is None else x.ndim in ranks)
     ):
-        return
+        return x
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(x)}")
     if x.dtype not in FLOATS:
@@ -30,6 +37,19 @@ def floats(name: str, x: object, ndim: str, ranks: tuple[int, ...] | None = None
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
     raise ValueError(f"{name}: expected {ndim}, got {describe(x)}")
+
+
+def native(x: object) -> bool:
+    """Whether a call with x as its first tensor goes straight to the compiled CPU kernel."""
+    return (
+        not is_compiling()
+        and type(x) in _PLAIN
+        and x.is_cpu  # type: ignore[attr-defined]
+        and x.dtype in registry.KERNEL_DTYPES  # type: ignore[attr-defined]
+        and registry.forced_backend() is None
+        and _STATE.cpu is not None
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from sentfast import reference
 from sentfast.registry import define
 
@@ -41,4 +43,20 @@ encoder = define(
     " float eps, int[] modes, int prompt_length, bool normalize, int padded_length) -> Tensor",
     reference=reference.encoder,
     fake=_encoder_fake,
+)
+
+
+def _pack_panels_fake(weight, below, pairs):
+    rows, columns = weight.shape[0] + sum(piece.shape[0] for piece in below), weight.shape[1]
+    panels = -(-rows // reference.PANEL)
+    if pairs:
+        return weight.new_empty(panels, -(-columns // 2), reference.PANEL, 2, dtype=torch.bfloat16)
+    dtype = reference.accumulation_dtype(weight.dtype)
+    return weight.new_empty(panels, columns, reference.PANEL, dtype=dtype)
+
+
+pack_panels = define(
+    "pack_panels(Tensor weight, Tensor[] below, bool pairs) -> Tensor",
+    reference=reference.pack_panels,
+    fake=_pack_panels_fake,
 )

@@ -72,6 +72,10 @@ class _Pool(torch.autograd.Function):
         return grad_x, None, None, None
 
 
+# `_Pool.apply` without its look at torch.func transforms, which `checks.native` has had already.
+_apply = super(torch.autograd.Function, _Pool).apply
+
+
 def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
     if isinstance(mode, str) and mode in _MODE_NUMBERS:
         return [_MODE_NUMBERS[mode]]
@@ -116,6 +120,20 @@ def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> None:
             )
 
 
+def _check(token_embeddings: object, attention_mask: object, cu_seqlens: object, prompt_length: int) -> None:
+    if cu_seqlens is not None:
+        x = checks.floats("token_embeddings", token_embeddings, "[T, D] with cu_seqlens", (2,))
+        if attention_mask is not None:
+            raise ValueError("attention_mask: expected None with cu_seqlens, got both")
+        _check_cu_seqlens(cu_seqlens, x)
+    else:
+        x = checks.floats("token_embeddings", token_embeddings, "[B, L, D], or [T, D] with cu_seqlens", (3,))
+        if attention_mask is not None:
+            _check_mask(attention_mask, x)
+    if prompt_length < 0:
+        raise ValueError(f"prompt_length: expected 0 or more, got {prompt_length}")
+
+
 def pool(
     token_embeddings: Tensor,
     attention_mask: Tensor | None = None,
@@ -155,19 +173,18 @@ def pool(
 
     Follows ``Pooling.forward`` and ``Normalize.forward`` of sentence-transformers 6.2.
     """
-    packed = cu_seqlens is not None
-    if packed:
-        checks.floats("token_embeddings", token_embeddings, "[T, D] with cu_seqlens", (2,))
-        if attention_mask is not None:
-            raise ValueError("attention_mask: expected None with cu_seqlens, got both")
-        _check_cu_seqlens(cu_seqlens, token_embeddings)
-    else:
-        checks.floats("token_embeddings", token_embeddings, "[B, L, D], or [T, D] with cu_seqlens", (3,))
-        if attention_mask is not None:
-            _check_mask(attention_mask, token_embeddings)
-    if prompt_length < 0:
-        raise ValueError(f"prompt_length: expected 0 or more, got {prompt_length}")
     modes = _mode_numbers(mode)
-    if checks.needs_function(token_embeddings):
-        return _Pool.apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, normalize))
-    return _pool(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+    other = cu_seqlens if attention_mask is None else attention_mask
+    if not (checks.native(token_embeddings) and (other is None or getattr(other, "is_cpu", False))):
+        _check(token_embeddings, attention_mask, cu_seqlens, prompt_length)
+        if checks.needs_function(token_embeddings):
+            return _Pool.apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, normalize))
+        return _pool(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+    # The compiled kernel refuses bad arguments by itself; the checks here only find the words for it.
+    try:
+        if token_embeddings.requires_grad and torch.is_grad_enabled():
+            return _apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, normalize))
+        return _pool.native(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length, normalize)
+    except (RuntimeError, TypeError):
+        _check(token_embeddings, attention_mask, cu_seqlens, prompt_length)
+        raise

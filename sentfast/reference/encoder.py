@@ -72,16 +72,19 @@ class Layer(NamedTuple):
     feed_forward_norm_bias: Tensor
 
 
-def pack_panels(weight: Tensor) -> Tensor:
-    """[N, K] -> panels of 64 rows, columns side by side: [N / 64, K, 64], for bfloat16 [N / 64, K / 2, 64, 2].
+def pack_panels(weight: Tensor, below: Sequence[Tensor], pairs: bool) -> Tensor:
+    """[N, K] -> panels of 64 rows, columns side by side: float32 [N / 64, K, 64], pairs bfloat16 [.., K / 2, 64, 2].
 
-    Rows and, for bfloat16, columns are filled up with zeros.
+    below: further matrices with the same columns, whose rows follow. Rows and, for pairs, columns are filled up with
+    zeros. float64 stays float64 (not for pairs).
     """
+    weight = torch.cat([weight, *below])
+    pair = 2 if pairs else 1
+    weight = weight.to(torch.bfloat16 if pairs else accumulation_dtype(weight.dtype))
     rows, columns = weight.shape
-    pair = 2 if weight.dtype == torch.bfloat16 else 1
     weight = torch.nn.functional.pad(weight, (0, -columns % pair, 0, -rows % PANEL))
     panels = weight.view(weight.shape[0] // PANEL, PANEL, weight.shape[1] // pair, pair).transpose(1, 2).contiguous()
-    return panels if pair == 2 else panels.squeeze(-1)
+    return panels if pairs else panels.squeeze(-1)
 
 
 def unpack_panels(panels: Tensor, rows: int, columns: int) -> Tensor:
