@@ -66,8 +66,8 @@ double linear_gflops(const std::string& dtype, int64_t rows, int64_t columns, in
   const int64_t panels = (columns + kPanel - 1) / kPanel, element = pairs ? 2 : 4;
   std::vector<float> x(static_cast<size_t>(rows * depth * element / 4)),
       weight(static_cast<size_t>(panels * kPanel * depth * element / 4)), bias(static_cast<size_t>(columns)),
-      sums(static_cast<size_t>((rows + 7) / 8 * 8 * kPanel)), y(static_cast<size_t>(rows * columns));
-  const Linear p = {columns, depth, x.data(), depth, weight.data(), bias.data(), kIdentity, y.data(), columns};
+      sums(static_cast<size_t>(linear_scratch(rows))), y(static_cast<size_t>(rows * columns));
+  const Linear p = {columns, depth, x.data(), depth, weight.data(), 0, bias.data(), kIdentity, y.data(), columns};
   const LinearFn run = kernels().linear_float32[pairs ? 1 : 0];
   return rate(seconds, [&] {
     run(p, {0, rows, 0, panels, sums.data()});

@@ -38,7 +38,7 @@ class Config:
     biases: bool = True
     position_offset: int = 0
     dtype: torch.dtype = torch.float32
-    panels: torch.dtype = torch.float32
+    panels: torch.dtype | None = torch.float32  # None: matrices
 
 
 def rotary_tables(positions: int, head_dim: int) -> Tensor:
@@ -58,7 +58,13 @@ def random_weights(c: Config) -> list[Tensor]:
 
     def linear(rows: int, columns: int) -> list[Tensor]:
         weight = torch.randn(rows, columns) / columns**0.5
+        if c.panels is None:
+            return [weight, bias(rows)]
         return [reference.pack_panels(weight, [], c.panels == torch.bfloat16), bias(rows)]
+
+    def query_key_value() -> list[Tensor]:
+        weight, shift = linear(3 * c.hidden, c.hidden)
+        return [*weight.split(c.hidden), shift] if c.panels is None else [weight, NONE, NONE, shift]
 
     weights = [torch.randn(c.positions, embedding).to(c.dtype) if c.positions else NONE]
     weights += [torch.randn(c.token_types, embedding).to(c.dtype) if c.token_types else NONE, *norm(embedding)]
@@ -68,7 +74,7 @@ def random_weights(c: Config) -> list[Tensor]:
     weights += norm(c.hidden) if c.pre_norm else [NONE, NONE]
     for i in range(c.layers):
         first_norm = [NONE, NONE] if c.pre_norm and i == 0 else norm(c.hidden)
-        weights += [*linear(3 * c.hidden, c.hidden), *linear(c.hidden, c.hidden), *first_norm]
+        weights += [*query_key_value(), *linear(c.hidden, c.hidden), *first_norm]
         weights += linear((2 if c.gated else 1) * c.intermediate, c.hidden)
         weights += [*linear(c.hidden, c.intermediate), *norm(c.hidden)]
     return weights

@@ -50,6 +50,25 @@ def test_tables_and_norms_are_the_parameters_themselves():
     assert head.norm_weight.data_ptr() == model.embeddings.LayerNorm.weight.data_ptr()
 
 
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "electra", "modernbert"])
+def test_a_large_model_keeps_its_matrices_where_they_are(kind, monkeypatch):
+    model, batch = encoders.model(kind), encoders.batch(LENGTHS)
+    _, in_panels = check(model, batch)
+    monkeypatch.setattr(weights, "LARGE", 0)
+    twin = copy.deepcopy(model)
+    layer = reference.Layer(
+        *weights.pack(examine.examine(twin), torch.float32)[len(reference.Embedding._fields) :][:14]
+    )
+    own = {parameter.data_ptr() for parameter in twin.parameters()}
+    matrices = (layer.qkv_weight, layer.output_weight, layer.up_weight, layer.down_weight)
+    assert all(x.ndim == 2 and x.data_ptr() in own for x in matrices)
+    _, in_place = check(twin, batch)
+    assert torch.equal(in_place, in_panels) or encoders.BACKEND == "reference"
+    with torch.no_grad():
+        matrices[0].mul_(1.5)
+    check(twin, batch)
+
+
 def test_missing_biases_count_as_zero():
     model = encoders.model("bert")
     for layer in model.encoder.layer:

@@ -40,6 +40,8 @@ enum EmbeddingTensor {
 
 enum LayerTensor {
   kQkvWeight,
+  kKeyWeight,
+  kValueWeight,
   kQkvBias,
   kOutputWeight,
   kOutputBias,
@@ -54,9 +56,10 @@ enum LayerTensor {
   kLayerTensors
 };
 
-struct Panels {
-  const void* data = nullptr;  // nullptr: no such layer
-  int64_t columns = 0, depth = 0;
+// The weight of a linear layer.
+struct Weight {
+  const void* data = nullptr;                  // nullptr: no such layer
+  int64_t columns = 0, depth = 0, stride = 0;  // stride of rows; 0: panels
 };
 
 struct Norm {
@@ -64,7 +67,8 @@ struct Norm {
 };
 
 struct Layer {
-  Panels qkv, output, up, down;
+  Weight query, key, value;  // query alone: its rows, then those of key and value
+  Weight output, up, down;
   const float *qkv_bias, *output_bias, *up_bias, *down_bias;
   Norm attention_norm, feed_forward_norm;
   int64_t window;
@@ -76,7 +80,7 @@ struct Model {
   int64_t vocabulary, embedding, hidden, intermediate, heads, position_count, type_count;
   const void *words, *positions, *types;
   Norm embedding_norm, final_norm;
-  Panels projection;
+  Weight projection;
   const float *projection_bias, *attention_bias, *rotary;
   int64_t bias_reach, rotary_positions;
   std::vector<Layer> layers;
@@ -106,15 +110,21 @@ class Reader {
 
   Norm norm(int64_t i, int64_t count) const { return {floats(i, count), floats(i + 1, count)}; }
 
-  Panels panels(int64_t i, int64_t columns, int64_t depth, Compute compute) const {
+  Weight weight(int64_t i, int64_t columns, int64_t depth, Compute compute) const {
     const Tensor& x = at(i);
     const bool pairs = compute == Compute::BFloat16;
+    if (!pairs && x.dim() == 2) {
+      STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.size(0) == columns && x.size(1) == depth &&
+                          x.scalar_type() == ScalarType::Float,
+                      "weights[", i, "]: expected a contiguous float32 CPU matrix of ", columns, " by ", depth);
+      return {x.const_data_ptr(), columns, depth, depth};
+    }
     const int64_t count = (columns + kPanel - 1) / kPanel, steps = pairs ? (depth + 1) / 2 : depth;
     STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() == (pairs ? 4 : 3) && x.size(0) == count &&
                         x.size(1) == steps && x.size(2) == kPanel &&
                         x.scalar_type() == (pairs ? ScalarType::BFloat16 : ScalarType::Float),
                     "weights[", i, "]: expected panels of ", columns, " by ", depth, " features");
-    return {x.const_data_ptr(), columns, depth};
+    return {x.const_data_ptr(), columns, depth, 0};
   }
 
   const void* table(int64_t i, int64_t columns, ScalarType dtype, int64_t* rows) const {
@@ -134,10 +144,16 @@ class Reader {
 
 Layer read_layer(const Model& m, const Reader& r, int64_t first, int64_t window) {
   Layer layer;
-  layer.qkv = r.panels(first + kQkvWeight, 3 * m.hidden, m.hidden, m.compute);
-  layer.output = r.panels(first + kOutputWeight, m.hidden, m.hidden, m.compute);
-  layer.up = r.panels(first + kUpWeight, m.up_columns(), m.hidden, m.compute);
-  layer.down = r.panels(first + kDownWeight, m.hidden, m.intermediate, m.compute);
+  if (r.at(first + kKeyWeight).numel() > 0) {
+    layer.query = r.weight(first + kQkvWeight, m.hidden, m.hidden, m.compute);
+    layer.key = r.weight(first + kKeyWeight, m.hidden, m.hidden, m.compute);
+    layer.value = r.weight(first + kValueWeight, m.hidden, m.hidden, m.compute);
+  } else {
+    layer.query = r.weight(first + kQkvWeight, 3 * m.hidden, m.hidden, m.compute);
+  }
+  layer.output = r.weight(first + kOutputWeight, m.hidden, m.hidden, m.compute);
+  layer.up = r.weight(first + kUpWeight, m.up_columns(), m.hidden, m.compute);
+  layer.down = r.weight(first + kDownWeight, m.hidden, m.intermediate, m.compute);
   layer.qkv_bias = r.floats(first + kQkvBias, 3 * m.hidden);
   layer.output_bias = r.floats(first + kOutputBias, m.hidden);
   layer.up_bias = r.floats(first + kUpBias, m.up_columns());
@@ -172,13 +188,14 @@ Model read_model(const Tensor& words, const std::vector<Tensor>& weights, int64_
   const Tensor& down = r.at(kEmbeddingTensors + kDownWeight);
   m.compute = down.scalar_type() == ScalarType::BFloat16 ? Compute::BFloat16 : Compute::Float32;
   const bool pairs = m.compute == Compute::BFloat16;
-  STD_TORCH_CHECK(down.dim() == (pairs ? 4 : 3), "weights: expected panels of the down projection");
+  STD_TORCH_CHECK(pairs ? down.dim() == 4 : down.dim() == 2 || down.dim() == 3,
+                  "weights: expected the down projection as a matrix or as panels");
   m.intermediate = down.size(1) * (pairs ? 2 : 1);
   const Tensor& projection = r.at(kProjectionWeight);
   m.hidden = m.embedding;
   if (projection.numel() > 0) {
     m.hidden = r.at(kProjectionBias).numel();
-    m.projection = r.panels(kProjectionWeight, m.hidden, m.embedding, m.compute);
+    m.projection = r.weight(kProjectionWeight, m.hidden, m.embedding, m.compute);
     m.projection_bias = r.floats(kProjectionBias, m.hidden, true);
   }
   STD_TORCH_CHECK(heads > 0 && m.hidden % heads == 0 && m.hidden / heads % 8 == 0,
@@ -432,27 +449,39 @@ class Forward {
   int64_t sequences() const { return group_.end - group_.begin; }
   int64_t row_grain() const { return grain(4 * m_.hidden); }
 
-  // y = activation(x w^T + bias); rows of x are `stride` elements apart.
-  void linear(Stage stage, LinearFn kernel, const Panels& panels, const void* x, int64_t stride, const float* bias,
-              Activation activation, void* y) {
+  // y = activation(x w^T + bias); rows of x and y are stride_x and stride_y elements apart.
+  void linear(Stage stage, LinearFn kernel, const Weight& w, const void* x, int64_t stride_x, const float* bias,
+              Activation activation, void* y, int64_t stride_y) {
     const Timed timed(stage);
-    const Linear p = {panels.columns, panels.depth, x, stride, panels.data, bias, activation, y, panels.columns};
-    const int64_t count = (panels.columns + kPanel - 1) / kPanel;
+    const Linear p = {w.columns, w.depth, x, stride_x, w.data, w.stride, bias, activation, y, stride_y};
+    const int64_t count = (w.columns + kPanel - 1) / kPanel;
     team_.run(count, 1, [&](int64_t begin, int64_t end) {
-      const int64_t rows = (rows_ + 7) / 8 * 8;
-      auto* sums = static_cast<float*>(scratch_memory.get(rows * kPanel * 4));
-      kernel(p, {0, rows_, begin, end, sums});
+      kernel(p, {0, rows_, begin, end, static_cast<float*>(scratch_memory.get(linear_scratch(rows_) * 4))});
     });
   }
 
   // As elements, for the next linear layer.
-  void linear(Stage stage, const Panels& panels, const void* x, const float* bias, Activation activation, void* y) {
-    linear(stage, kernels_.linear[compute()], panels, x, panels.depth, bias, activation, y);
+  void linear(Stage stage, const Weight& w, const void* x, const float* bias, Activation activation, void* y) {
+    linear(stage, kernels_.linear[compute()], w, x, w.depth, bias, activation, y, w.columns);
   }
 
   // y as floats.
-  void linear_sum(Stage stage, const Panels& panels, const void* x, int64_t stride, const float* bias) {
-    linear(stage, kernels_.linear_float32[compute()], panels, x, stride, bias, kIdentity, buffers_.y);
+  void linear_sum(Stage stage, const Weight& w, const void* x, int64_t stride, const float* bias) {
+    linear(stage, kernels_.linear_float32[compute()], w, x, stride, bias, kIdentity, buffers_.y, w.columns);
+  }
+
+  void query_key_value(const Layer& layer) {
+    if (layer.key.data == nullptr) {
+      linear(kQkv, layer.query, buffers_.input, layer.qkv_bias, kIdentity, buffers_.qkv);
+      return;
+    }
+    int64_t column = 0;
+    for (const Weight* w : {&layer.query, &layer.key, &layer.value}) {
+      void* y = static_cast<char*>(buffers_.qkv) + column * m_.element_bytes();
+      const float* bias = layer.qkv_bias != nullptr ? layer.qkv_bias + column : nullptr;
+      linear(kQkv, kernels_.linear[compute()], *w, buffers_.input, w->depth, bias, kIdentity, y, 3 * m_.hidden);
+      column += w->columns;
+    }
   }
 
   // x = norm(y + residual), and the next linear layer's input from it.
@@ -541,7 +570,7 @@ class Forward {
   }
 
   void layer(const Layer& layer, const Layer* next, bool first_rows_only) {
-    linear(kQkv, layer.qkv, buffers_.input, layer.qkv_bias, kIdentity, buffers_.qkv);
+    query_key_value(layer);
     const bool shorten = first_rows_only && next == nullptr;
     attention(layer, shorten);
     if (shorten) keep_first_rows();

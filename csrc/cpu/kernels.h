@@ -153,8 +153,9 @@ struct Linear {
   int64_t columns, depth;  // output and input features
   const void* x;
   int64_t stride_x;
-  const void* weight;  // panels
-  const float* bias;   // or nullptr
+  const void* weight;
+  int64_t stride_weight;  // 0: panels; else the weight is float32 rows of input features, this far apart
+  const float* bias;      // or nullptr
   Activation activation;
   void* y;
   int64_t stride_y;
@@ -168,11 +169,16 @@ struct PackPanel {
   void* panel;
 };
 
-// Rows and panels of y, the unit of work of a thread. scratch: kPanel floats for each of the rows.
+// Steps of a panel that are multiplied at a time.
+constexpr int64_t kBlockSteps = 256;
+
+// Rows and panels of y, the unit of work of a thread.
 struct LinearBlock {
   int64_t row_begin, row_end, panel_begin, panel_end;
-  float* scratch;
+  float* scratch;  // linear_scratch(...) floats
 };
+
+static inline int64_t linear_scratch(int64_t rows) { return (kBlockSteps + (rows + 7) / 8 * 8) * kPanel; }
 
 // Attention of each sequence to itself, head by head; a task is one head of one sequence.
 struct Attention {

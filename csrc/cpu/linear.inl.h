@@ -1,10 +1,10 @@
 // y = activation(x w^T + bias) with weights in panels of 64 output features: a panel, or of a deep one a part that fits
-// the second cache, is multiplied with every row before the next is touched. Sums go through the first cache on their
+// the second cache, is multiplied with every row before the next is touched. A weight that is not in panels is turned
+// into one part of a panel at a time. Sums go through the first cache on their
 // way to y, so that bias and activation need not be unrolled into the tile.
 
 namespace linear {
 
-constexpr int64_t kBlockSteps = 256;
 constexpr int kTileColumns = Vec::tile_vectors * Vec::lanes;
 
 // A panel's steps [begin, begin + count).
@@ -58,6 +58,32 @@ inline void prefetch_share(const Word* next, int64_t words, int64_t share, int64
   }
 }
 
+// `count` columns of up to 64 rows as steps of a panel; missing rows are zero. Squares of a vector's width are turned.
+inline void turn(const float* weight, int64_t stride, int64_t rows, int64_t count, float* panel) {
+  for (int64_t row = 0; row < kPanel; row += Vec::lanes) {
+    each_vector(count, [&](int64_t s, auto k) SENTFAST_INLINE {
+      Vec square[Vec::lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::lanes; ++i) {
+        const float* from = weight + (row + i) * stride + s;
+        square[i] = row + i < rows ? load(from, k) : Vec::zero();
+      }
+      Vec::transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::lanes; ++i) {
+        if (s + i < count) square[i].store(panel + (s + i) * kPanel + row);
+      }
+    });
+  }
+}
+
+// Asks for the part of a weight in rows that is turned next.
+inline void prefetch_rows(const float* next, int64_t stride, int64_t count, int64_t share, int64_t shares) {
+  for (int64_t row = kPanel * share / shares; row < kPanel * (share + 1) / shares; ++row) {
+    for (int64_t s = 0; s < count; s += 16) __builtin_prefetch(next + row * stride + s, 0, 2);
+  }
+}
+
 template <class Step, class Out>
 void linear(const Linear& p, const LinearBlock& b) {
   constexpr bool exact = Step::depth == 1;
@@ -68,13 +94,23 @@ void linear(const Linear& p, const LinearBlock& b) {
   for (int64_t panel = b.panel_begin; panel < b.panel_end; ++panel) {
     for (int64_t begin = 0; begin < steps; begin += size) {
       const int64_t count = steps - begin < size ? steps - begin : size;
-      const Part part = {weight + (panel * steps + begin) * kPanel, begin, count};
-      const bool last = begin + count == steps;
+      const bool last = begin + count == steps, more = !last || panel + 1 < b.panel_end;
+      Part part = {weight + (panel * steps + begin) * kPanel, begin, count};
+      const float* rows = static_cast<const float*>(p.weight) + panel * kPanel * p.stride_weight + begin;
+      if (Step::depth == 1 && p.stride_weight > 0) {
+        const int64_t left = p.columns - panel * kPanel;
+        turn(rows, p.stride_weight, left < kPanel ? left : kPanel, count, b.scratch);
+        part.weight = reinterpret_cast<const Word*>(b.scratch);
+      }
       for (int64_t strip = 0; strip < strips; ++strip) {
-        if (!last || panel + 1 < b.panel_end)
+        if (more && p.stride_weight > 0) {
+          const float* next = last ? rows - begin + kPanel * p.stride_weight : rows + count;
+          if (last || panel + 1 < b.panel_end) prefetch_rows(next, p.stride_weight, size, strip, strips);
+        } else if (more) {
           prefetch_share(part.weight + count * kPanel, count * kPanel, strip, strips);
+        }
         const int64_t row = b.row_begin + strip * Vec::tile_rows;
-        float* sums = b.scratch + strip * Vec::tile_rows * kPanel;
+        float* sums = b.scratch + (kBlockSteps + strip * Vec::tile_rows) * kPanel;
         gemm::with_rows(b.row_end - row, [&](auto r) SENTFAST_INLINE {
           for (int64_t inside = 0; inside < kPanel; inside += kTileColumns) {
             tile<Step, decltype(r)::value>(p, part, row, inside, sums);

@@ -115,6 +115,27 @@ struct Vec {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
+  // Rows become columns. Pairs and quadruples of lanes change places first, then the halves of each row.
+  static void transpose(Vec (&x)[8]) {
+    __m256 y[8], z[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      y[2 * i] = _mm256_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v);
+      y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      z[i] = _mm256_shuffle_ps(y[i], y[i + 2], 0x44);
+      z[i + 1] = _mm256_shuffle_ps(y[i], y[i + 2], 0xee);
+      z[i + 2] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+      z[i + 3] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i].v = _mm256_permute2f128_ps(z[i], z[i + 4], 0x20);
+      x[i + 4].v = _mm256_permute2f128_ps(z[i], z[i + 4], 0x31);
+    }
+  }
   static Vec broadcast(const Word* p) {
     return {_mm256_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))};
   }

@@ -89,6 +89,34 @@ struct Vec {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
+  // Rows become columns. Pairs and quadruples of lanes change places first, then the four quarters of each row.
+  static void transpose(Vec (&x)[16]) {
+    __m512 y[16], z[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      y[2 * i] = _mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v);
+      y[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      const auto low = [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x44); };
+      const auto high = [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xee); };
+      z[i] = low(y[i], y[i + 2]);
+      z[i + 1] = high(y[i], y[i + 2]);
+      z[i + 2] = low(y[i + 1], y[i + 3]);
+      z[i + 3] = high(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // z[4 g + i] has columns i, i + 4, i + 8, i + 12 of rows 4 g to 4 g + 3
+      const __m512 a = _mm512_shuffle_f32x4(z[i], z[i + 4], 0x88), b = _mm512_shuffle_f32x4(z[i], z[i + 4], 0xdd);
+      const __m512 c = _mm512_shuffle_f32x4(z[i + 8], z[i + 12], 0x88);
+      const __m512 d = _mm512_shuffle_f32x4(z[i + 8], z[i + 12], 0xdd);
+      x[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+      x[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+      x[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+      x[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
   static Vec broadcast(const Word* p) {
     return {_mm512_broadcastss_ps(_mm_load_ss(reinterpret_cast<const AliasedFloat*>(p)))};
   }

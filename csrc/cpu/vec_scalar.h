@@ -199,6 +199,16 @@ struct Vec {
   }
 
   float sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+  // Rows become columns.
+  static void transpose(Vec (&x)[lanes]) {
+    for (int i = 0; i < lanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float kept = x[i].v[j];
+        x[i].v[j] = x[j].v[i];
+        x[j].v[i] = kept;
+      }
+    }
+  }
   static Vec broadcast(const Word* p) {
     const uint32_t bits = *p;
     float x;

@@ -53,12 +53,14 @@ class Embedding(NamedTuple):
 class Layer(NamedTuple):
     """The tensors of one layer, after those of :class:`Embedding` in an encoder's `weights`.
 
-    Weights are in panels (:func:`pack_panels`); biases and norms float32, empty where there is none.
-    qkv: [3 * H] rows, those of query, key and value; up: [I] rows, gated [2 * I] (I even for bfloat16), of which the
+    Weights are matrices, float32 [N, K], or in panels (:func:`pack_panels`); biases and norms float32, empty where there
+    is none. qkv: [3 * H] rows, those of query, key and value, or the query's alone if key and value follow; up: [I] rows, gated [2 * I] (I even for bfloat16), of which the
     activation gets the first half. The norms stand before attention and feed-forward part with `pre_norm`, else after.
     """
 
     qkv_weight: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
     qkv_bias: Tensor
     output_weight: Tensor
     output_bias: Tensor
@@ -105,7 +107,7 @@ class _Encoder:
         self.activation = _ACTIVATION_FUNCTIONS[activation]
 
     def linear(self, x: Tensor, panels: Tensor, bias: Tensor, rows: int) -> Tensor:
-        weight = unpack_panels(panels, rows, x.shape[-1]).to(x.dtype)
+        weight = (panels if panels.ndim == 2 else unpack_panels(panels, rows, x.shape[-1])).to(x.dtype)
         return torch.nn.functional.linear(x, weight, bias.to(x.dtype) if bias.numel() else None)
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -133,7 +135,10 @@ class _Encoder:
     def layer(self, x: Tensor, layer: Layer, spans: list[tuple[int, int]], positions: Tensor, window: int) -> Tensor:
         hidden = x.shape[1]
         y = self.norm(x, layer.attention_norm_weight, layer.attention_norm_bias) if self.pre_norm else x
-        qkv = self.linear(y, layer.qkv_weight, layer.qkv_bias, 3 * hidden)
+        qkv_weight = layer.qkv_weight
+        if layer.key_weight.numel():
+            qkv_weight = torch.cat([qkv_weight, layer.key_weight, layer.value_weight])
+        qkv = self.linear(y, qkv_weight, layer.qkv_bias, 3 * hidden)
         tables = self.embedding.rotary
         rotary = tables[int(window >= 0)].to(x.dtype) if tables.numel() else None
         y = torch.empty_like(x)
@@ -144,7 +149,8 @@ class _Encoder:
         if not self.pre_norm:
             x = self.norm(x, layer.attention_norm_weight, layer.attention_norm_bias)
         y = self.norm(x, layer.feed_forward_norm_weight, layer.feed_forward_norm_bias) if self.pre_norm else x
-        intermediate = layer.down_weight[0].numel() // PANEL
+        down = layer.down_weight
+        intermediate = down.shape[1] if down.ndim == 2 else down[0].numel() // PANEL
         y = self.linear(y, layer.up_weight, layer.up_bias, intermediate * (2 if self.gated else 1))
         if self.gated:
             y, gate = y.chunk(2, dim=-1)

@@ -100,7 +100,7 @@ inline void run_linear(LinearFn kernel, const Linear& p, int64_t rows) {
   const int64_t middle = integer(0, rows), panels = (p.columns + kPanel - 1) / kPanel;
   in_threads(panels, [&](int64_t begin, int64_t end) {
     for (const auto& span : {std::make_pair(int64_t{0}, middle), std::make_pair(middle, rows)}) {
-      const Buffer<float> scratch((span.second - span.first) * kPanel);
+      const Buffer<float> scratch(linear_scratch(span.second - span.first));
       kernel(p, {span.first, span.second, begin, end, scratch.get()});
     }
   });
@@ -116,14 +116,23 @@ void test_linear() {
   const int64_t stride_x = even + 2 * integer(0, 1), stride_y = columns + integer(0, 3);
   const Buffer<E> x = exact ? eighths<E>((rows - 1) * stride_x + even) : random<E>((rows - 1) * stride_x + even);
   const Buffer<E> weight = exact ? eighths<E>(columns * depth) : random<E>(columns * depth);
-  const Buffer<E> panels = pack(weight, columns, depth);
+  // In panels, or as it is with rows apart.
+  const int64_t stride_weight = pairs ? 0 : integer(0, 1) * (depth + integer(0, 2));
+  Buffer<E> laid_out = pack(weight, columns, depth);
+  if (stride_weight > 0) {
+    laid_out = Buffer<E>((columns - 1) * stride_weight + depth);
+    for (int64_t i = 0; i < laid_out.n; ++i) {
+      const int64_t k = i % stride_weight;
+      laid_out[i] = k < depth ? weight[i / stride_weight * depth + k] : narrow<E>(NAN);
+    }
+  }
   const Buffer<float> bias = exact ? eighths<float>(columns) : random<float>(columns);
   const Buffer<Out> y((rows - 1) * stride_y + columns);
   fill_with(y, kGuard);
   const Activation activation = any_activation();
   run_linear(linear_kernel<E, Out>(),
-             {columns, depth, x.get(), stride_x, panels.get(), with_bias ? bias.get() : nullptr, activation, y.get(),
-              stride_y},
+             {columns, depth, x.get(), stride_x, laid_out.get(), stride_weight, with_bias ? bias.get() : nullptr,
+              activation, y.get(), stride_y},
              rows);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
@@ -159,7 +168,7 @@ void test_activations() {
   const Buffer<Out> y(rows * columns);
   for (const Activation activation : {kGelu, kGeluTanh, kRelu, kSilu, kIdentity}) {
     run_linear(linear_kernel<E, Out>(),
-               {columns, depth, x.get(), depth, panels.get(), nullptr, activation, y.get(), columns}, rows);
+               {columns, depth, x.get(), depth, panels.get(), 0, nullptr, activation, y.get(), columns}, rows);
     for (int64_t i = 0; i < rows * columns; ++i) {
       const double from = widen(x[i / columns * depth]), want = activate(activation, from);
       double bound = stored<Out>() * std::fabs(want);
