@@ -269,6 +269,13 @@ def run_studies(
     return rows, refused
 
 
+def keep(path: Path | None, described: Any, found: limits.Limits, rows: dict[str, Any], more: dict[str, Any]) -> None:
+    """Writes what was measured, if anything was and there is a place for it."""
+    if path and (rows or more):
+        write(path, described, found, rows, more)
+        print(f"wrote {path}")
+
+
 def study_settings(options: argparse.Namespace, backends: set[str]) -> Settings:
     pace: dict[str, Any] = {"seconds": 0.05, "rounds": 2, "extra": {"texts": 32}} if options.quick else {"extra": {}}
     if options.backend:
@@ -290,21 +297,23 @@ def main(arguments: list[str] | None = None) -> int:
         machine.touch_memory()
     switch(False)
     found = limits.measure(device, options.threads, quick=options.quick)
+    path = options.output or (None if options.quick else RESULTS / f"{machine.slug(described)}.json")
+    failed = False
     with use_backend(options.backend) if options.backend else nullcontext():
         rows, refused = run_workloads(chosen, device, backends, options.quick)
-        study_rows, more = run_studies(studied, options, backends)
-    found = limits.better(found, limits.measure(device, options.threads, quick=options.quick))
-    for workload in chosen:
-        if workload.name in rows:
-            print(describe_row(workload.name, finish(workload, rows[workload.name], found)))
-    finish_studies(study_rows, found)
-    for name, row in study_rows.items():
-        print(studies.describe(name, row))
-    path = options.output or (None if options.quick else RESULTS / f"{machine.slug(described)}.json")
-    if path and (rows or study_rows):
-        write(path, described, found, rows, study_rows)
-        print(f"wrote {path}")
-    return 1 if refused or more else 0
+        found = limits.better(found, limits.measure(device, options.threads, quick=options.quick))
+        for workload in chosen:
+            if workload.name in rows:
+                print(describe_row(workload.name, finish(workload, rows[workload.name], found)))
+        keep(path, described, found, rows, {})
+        for study in studied:  # each is kept as soon as it is there
+            study_rows, more = run_studies([study], options, backends)
+            finish_studies(study_rows, found)
+            for name, row in study_rows.items():
+                print(studies.describe(name, row))
+            keep(path, described, found, {}, study_rows)
+            failed = failed or bool(more)
+    return 1 if refused or failed else 0
 
 
 if __name__ == "__main__":

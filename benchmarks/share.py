@@ -38,8 +38,8 @@ def measure(settings: Settings) -> dict[str, Any]:
 def _measure(variant: study.Variant, sample: list[str], settings: Settings) -> dict[str, Any]:
     from sentfast import _C
 
+    _, ran = study.checked("share", variant, sample, settings.backends)
     with switched(True):
-        _, ran = study.checked("share", variant, sample, settings.backends)
         _C.encoder_profile(True)
         try:
             for _ in range(ROUNDS):

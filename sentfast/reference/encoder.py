@@ -53,9 +53,10 @@ class Embedding(NamedTuple):
 class Layer(NamedTuple):
     """The tensors of one layer, after those of :class:`Embedding` in an encoder's `weights`.
 
-    Weights are matrices, float32 [N, K], or in panels (:func:`pack_panels`); biases and norms float32, empty where there
-    is none. qkv: [3 * H] rows, those of query, key and value, or the query's alone if key and value follow; up: [I] rows, gated [2 * I] (I even for bfloat16), of which the
-    activation gets the first half. The norms stand before attention and feed-forward part with `pre_norm`, else after.
+    Weights are matrices, float32 [N, K], or in panels (:func:`pack_panels`); biases and norms are float32, and empty
+    where there is none. qkv: [3 * H] rows, those of query, key and value, or the query's alone if key and value follow;
+    up: [I] rows, gated [2 * I] (I even for bfloat16), of which the activation gets the first half. The norms stand
+    before attention and feed-forward part with `pre_norm`, else after.
     """
 
     qkv_weight: Tensor
