@@ -152,12 +152,19 @@ def test_opcheck(case: Case) -> None:
     recorded: list[tuple[registry.Op, tuple]] = []
     original = registry.Op.__call__
 
+    direct = registry.Op.native
+
     def record(self: registry.Op, *args):
         recorded.append((self, args))
         return original(self, *args)
 
+    def record_direct(self: registry.Op, *args):
+        recorded.append((self, args))
+        return direct(self, *args)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.Op, "__call__", record)
+        patch.setattr(registry.Op, "native", record_direct)
         calls = list(case.calls(torch.float32, "cpu", True))
         for call in calls[:: max(1, len(calls) // 3)][:3]:
             gradients(case, call, torch.randn_like(case.run(call)))
