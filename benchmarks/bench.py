@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -247,26 +248,23 @@ def run_workloads(
 
 def run_studies(
     chosen: list[studies.Study], options: argparse.Namespace, backends: set[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """The same for studies, which run on the CPU."""
+) -> Iterator[dict[str, Any] | None]:
+    """The rows of one study after the other, None for one that was refused; they run on the CPU."""
     if options.device != "cpu" or not chosen:
-        return {}, []
+        return
     settings = study_settings(options, backends)
     print(f"seed of the texts: {settings.seed}", flush=True)
-    rows: dict[str, Any] = {}
-    refused = []
     for study in chosen:
         start = time.monotonic()
         try:
             found = studies.measure(study, settings)
         except (gate.Refused, Failed, texts.Unavailable) as reason:
-            refused.append(f"{study.name}: {reason}")
             print(f"REFUSED {study.name}: {reason}", flush=True)
+            yield None
             continue
-        rows.update(found)
         said = "measured" if found else "nothing to measure"
         print(f"{study.name}: {said}, {time.monotonic() - start:.0f} s", flush=True)
-    return rows, refused
+        yield found
 
 
 def keep(path: Path | None, described: Any, found: limits.Limits, rows: dict[str, Any], more: dict[str, Any]) -> None:
@@ -306,13 +304,14 @@ def main(arguments: list[str] | None = None) -> int:
             if workload.name in rows:
                 print(describe_row(workload.name, finish(workload, rows[workload.name], found)))
         keep(path, described, found, rows, {})
-        for study in studied:  # each is kept as soon as it is there
-            study_rows, more = run_studies([study], options, backends)
+        for study_rows in run_studies(studied, options, backends):  # each is kept as soon as it is there
+            if study_rows is None:
+                failed = True
+                continue
             finish_studies(study_rows, found)
             for name, row in study_rows.items():
                 print(studies.describe(name, row))
             keep(path, described, found, {}, study_rows)
-            failed = failed or bool(more)
     return 1 if refused or failed else 0
 
 

@@ -54,8 +54,10 @@ def _child(model: str, variant: str, kind: str, settings: Settings, timeout: flo
 def _memory_row(model: str, kind: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row = _row(MEMORY, model, found, f", {kind}")
     row.update(kind=kind, bytes={name: one["bytes"] for name, one in found.items()})
+    # What encoding adds can be nothing at all and has no ratio.
+    stock = row["bytes"][STOCK]
     row["ratios"] = {
-        name: {what: row["bytes"][name][what] / row["bytes"][STOCK][what] for what in row["bytes"][STOCK]}
+        name: {what: row["bytes"][name][what] / stock[what] for what in ("loaded", "peak")}
         for name in found
         if name != STOCK
     }

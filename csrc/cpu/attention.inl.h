@@ -44,15 +44,9 @@ template <class Step>
 void pack_keys(const Attention& p, const Head<Step>& h) {
   for (int64_t begin = 0; begin < h.length; begin += kPanel) {
     const int64_t count = h.length - begin < kPanel ? h.length - begin : kPanel;
-    const int64_t padded = count > kPanel / 2 ? kPanel : round_up(count);
-    Word* panel = h.keys + begin * h.steps;
-    for (int64_t i = 0; i < count; ++i) {
-      const Word* from = reinterpret_cast<const Word*>(h.k + (begin + i) * p.stride);
-      for (int64_t s = 0; s < h.steps; ++s) panel[s * kPanel + i] = from[s];
-    }
-    for (int64_t s = 0; s < h.steps; ++s) {
-      for (int64_t i = count; i < padded; ++i) panel[s * kPanel + i] = 0;
-    }
+    const int64_t width = count > kPanel / 2 ? kPanel : round_up(count);
+    const Word* from = reinterpret_cast<const Word*>(h.k + begin * p.stride);
+    gemm::turn(from, p.stride / Step::depth, count, h.steps, width, h.keys + begin * h.steps);
   }
 }
 

@@ -58,25 +58,6 @@ inline void prefetch_share(const Word* next, int64_t words, int64_t share, int64
   }
 }
 
-// `count` columns of up to 64 rows as steps of a panel; missing rows are zero. Squares of a vector's width are turned.
-inline void turn(const float* weight, int64_t stride, int64_t rows, int64_t count, float* panel) {
-  for (int64_t row = 0; row < kPanel; row += Vec::lanes) {
-    each_vector(count, [&](int64_t s, auto k) SENTFAST_INLINE {
-      Vec square[Vec::lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < Vec::lanes; ++i) {
-        const float* from = weight + (row + i) * stride + s;
-        square[i] = row + i < rows ? load(from, k) : Vec::zero();
-      }
-      Vec::transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < Vec::lanes; ++i) {
-        if (s + i < count) square[i].store(panel + (s + i) * kPanel + row);
-      }
-    });
-  }
-}
-
 // Asks for the part of a weight in rows that is turned next.
 inline void prefetch_rows(const float* next, int64_t stride, int64_t count, int64_t share, int64_t shares) {
   for (int64_t row = kPanel * share / shares; row < kPanel * (share + 1) / shares; ++row) {
@@ -99,13 +80,15 @@ void linear(const Linear& p, const LinearBlock& b) {
       const float* rows = static_cast<const float*>(p.weight) + panel * kPanel * p.stride_weight + begin;
       if (Step::depth == 1 && p.stride_weight > 0) {
         const int64_t left = p.columns - panel * kPanel;
-        turn(rows, p.stride_weight, left < kPanel ? left : kPanel, count, b.scratch);
-        part.weight = reinterpret_cast<const Word*>(b.scratch);
+        Word* panel_part = reinterpret_cast<Word*>(b.scratch);
+        gemm::turn(reinterpret_cast<const Word*>(rows), p.stride_weight, left < kPanel ? left : kPanel, count, kPanel,
+                   panel_part);
+        part.weight = panel_part;
       }
       for (int64_t strip = 0; strip < strips; ++strip) {
         if (more && p.stride_weight > 0) {
           const float* next = last ? rows - begin + kPanel * p.stride_weight : rows + count;
-          if (last || panel + 1 < b.panel_end) prefetch_rows(next, p.stride_weight, size, strip, strips);
+          prefetch_rows(next, p.stride_weight, size, strip, strips);
         } else if (more) {
           prefetch_share(part.weight + count * kPanel, count * kPanel, strip, strips);
         }
@@ -124,27 +107,24 @@ void linear(const Linear& p, const LinearBlock& b) {
   }
 }
 
-// Sixteen Words of a row at a time, so that the lines that they go to stay in the first cache for all rows.
+// Sixteen Words of each row at a time: made in the first cache, then turned.
 template <class Step, class T>
 void pack_panel(const PackPanel& p) {
   using Element = typename Step::Element;
   constexpr int64_t words = 16, elements = words * Step::depth;
   Word* panel = static_cast<Word*>(p.panel);
+  alignas(64) Word lines[kPanel * words];
   for (int64_t column = 0; column < p.columns; column += elements) {
     const int64_t count = p.columns - column < elements ? p.columns - column : elements;
     const int64_t steps = (count + Step::depth - 1) / Step::depth;
-    Word* to = panel + column / Step::depth * kPanel;
     for (int64_t row = 0; row < p.rows; ++row) {
       const T* from = static_cast<const T*>(p.weight) + row * p.stride + column;
       prefetch(from + elements);
-      alignas(64) Word line[words] = {};
-      Element* element = reinterpret_cast<Element*>(line);
+      lines[row * words + steps - 1] = 0;  // the second half of an odd last pair
+      Element* element = reinterpret_cast<Element*>(lines + row * words);
       each_vector(count, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(from + d, k), element + d, k); });
-      for (int64_t s = 0; s < steps; ++s) to[s * kPanel + row] = line[s];
     }
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t row = p.rows; row < kPanel; ++row) to[s * kPanel + row] = 0;
-    }
+    gemm::turn(lines, words, p.rows, steps, kPanel, panel + column / Step::depth * kPanel);
   }
 }
 

@@ -65,6 +65,7 @@ class Encoder:
         prompt_length: int = 0,
         normalize: bool = False,
         padded_length: int = 0,
+        checked: bool = False,
     ) -> Tensor:
         """Token embeddings or pooled vectors of packed sequences.
 
@@ -77,6 +78,7 @@ class Encoder:
             prompt_length: tokens at the start of each sequence that pooling leaves out.
             normalize: pooled vectors have length 1.
             padded_length: without modes, the length to which the result is padded.
+            checked: the arguments are those of :func:`pack_padded`, which has looked at them.
 
         Returns:
             [B, len(modes) * H] with modes, [B, padded_length, H] with padded_length, else [T, H].
@@ -85,23 +87,8 @@ class Encoder:
             IndexError: an id, token type or position is outside its table.
             ValueError: an argument has another dtype, shape or device, or a sequence is too long.
         """
-        self._check(input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
-        return self.run_unchecked(
-            input_ids, cu_seqlens, token_type_ids, position_ids, modes, prompt_length, normalize, padded_length
-        )
-
-    def run_unchecked(
-        self,
-        input_ids: Tensor,
-        cu_seqlens: Tensor,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        modes: Sequence[str] = (),
-        prompt_length: int = 0,
-        normalize: bool = False,
-        padded_length: int = 0,
-    ) -> Tensor:
-        """:meth:`run` for arguments that were checked, as those of :func:`pack_padded`."""
+        if not checked:
+            self._check(input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
         if position_ids is None and self.padding_idx is not None:
             position_ids = self._count_positions(input_ids, cu_seqlens)
         heads, activation, windows, pre_norm, gated = self._form

@@ -99,7 +99,10 @@ def _forward(architecture: Architecture, signature: Signature, model: Any, *args
     packed = pack_padded(encoder, *(arguments.get(name) for name in _INPUTS))
     if isinstance(packed, str):
         return packed
-    hidden = encoder.run_unchecked(*packed.arguments, padded_length=packed.length)
+    ids, cu_seqlens, types, positions = packed.arguments
+    hidden = encoder.run(
+        ids, cu_seqlens, token_type_ids=types, position_ids=positions, padded_length=packed.length, checked=True
+    )
     return _outputs(architecture, model, hidden, form)
 
 
