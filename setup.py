@@ -119,6 +119,8 @@ class BuildLibraries(build_ext):
             "cpu/similarity": self.torch_flags,
             "cpu/linear": self.torch_flags,
             "cpu/encoder": self.torch_flags,
+            "cpu/attention": self.torch_flags,
+            "cpu/layers": self.torch_flags,
             "module": python,
         }
         objects = [

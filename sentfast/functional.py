@@ -1,5 +1,7 @@
 """The operators as functions, in the manner of ``torch.nn.functional``."""
 
+from sentfast.ops.attention import varlen_attention, varlen_attention_qkvpacked
+from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
 from sentfast.ops.pooling import pool
 from sentfast.ops.similarity import (
     cosine_similarity,
@@ -10,10 +12,15 @@ from sentfast.ops.similarity import (
 )
 
 __all__ = [
+    "bias_activation",
     "cosine_similarity",
     "dot_similarity",
+    "dropout",
+    "dropout_add_layer_norm",
     "l2_normalize",
     "pairwise_cosine_similarity",
     "pairwise_similarity",
     "pool",
+    "varlen_attention",
+    "varlen_attention_qkvpacked",
 ]

@@ -38,9 +38,14 @@ class Case:
     function: Callable[..., Tensor]
     calls: Callable[[torch.dtype, str, bool], Iterator[Call]]
     operators: tuple[str, ...]  # what must have run, forward and backward
+    cancels: bool = False  # the result is the difference of numbers as large as the inputs
 
     def run(self, call: Call) -> Tensor:
         return self.function(*call.tensors, **call.options)
+
+    def size(self, call: Call) -> float:
+        """What the result was made of, for the tolerance rule."""
+        return max(x.abs().max().item() for x in call.tensors) if self.cancels else 0.0
 
 
 def right_padded(batch: int, length: int) -> Tensor:
@@ -117,9 +122,83 @@ def pairwise_calls(metric: str) -> Callable[[torch.dtype, str, bool], Iterator[C
     return calls
 
 
+def attention_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    """Lengths around the panels of 64 keys, and empty; sizes and options take turns."""
+    lengths = [(3, 0, 5), (9,)] if small else [(1,), (5, 0, 17, 33), (64, 7), (130, 65), (3, 3, 3, 3)]
+    sizes = itertools.cycle([(2, 5), (1, 16)] if small else [(1, 8), (3, 32), (2, 64), (1, 20), (2, 5), (1, 32), (2, 16)])
+    options: list[dict[str, Any]] = [
+        {},
+        {"dropout_p": 0.3},
+        {"causal": True, "softmax_scale": 0.3},
+        {"window_size": (4, 2), "dropout_p": 0.1},
+        {"window_size": (-1, 70)},
+    ]
+    options = [options[i] for i in torch.randperm(len(options))]
+    for turn, (kinds, with_bias) in enumerate(itertools.product(lengths, (False, True))):
+        (heads, dim), option = next(sizes), options[turn % len(options)]
+        total, longest = sum(kinds), max(kinds)
+        tensors = [vectors(total, heads, dim, dtype=dtype, device=device) for _ in range(3)]
+        given = {"cu_seqlens": torch.tensor([0, *kinds]).cumsum(0).int().to(device), **option}
+        given |= {"seed": int(torch.randint(2**62, ())), "stream": 3} if "dropout_p" in option else {}
+        if with_bias:
+            tensors.append(vectors(heads, 2 * (longest + turn % 3) - 1, dtype=dtype, device=device))
+        yield Call(tuple(tensors), given, f"{kinds} x {heads} x {dim} bias {with_bias} {option}")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    return F.varlen_attention(q, k, v, bias=bias, **options)
+
+
+def packed_attention(qkv: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    return F.varlen_attention_qkvpacked(qkv, bias=bias, **options)
+
+
+def packed_attention_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    for call in list(attention_calls(dtype, device, small))[-3:]:
+        yield Call((torch.stack(call.tensors[:3], dim=1), *call.tensors[3:]), call.options, call.label)
+
+
+def norm_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    """With and without residual, bias and dropout; rows around the blocks of 64 whose sums are made by themselves."""
+    shapes = [(2, 3, 9), (5, 16)] if small else [(1,), (5, 15), (2, 3, 17), (65, 8), (130, 64), (3, 384), (2, 1100)]
+    for shape, residual, bias in itertools.product(shapes, (False, True), (False, True)):
+        tensors = [vectors(*shape, dtype=dtype, device=device) for _ in range(1 + residual)]
+        tensors += [vectors(shape[-1], dtype=dtype, device=device) for _ in range(1 + bias)]
+        p = 0.2 * float(torch.rand(()) < 0.5)
+        options = {"residual": residual, "dropout_p": p, "seed": int(torch.randint(2**62, ())), "eps": 1e-5}
+        yield Call(tuple(tensors), options, f"{shape} residual {residual} bias {bias} dropout {p}")
+
+
+def norm(x: Tensor, *others: Tensor, residual: bool, **options: Any) -> Tensor:
+    added, weights = (others[0], others[1:]) if residual else (None, others)
+    return F.dropout_add_layer_norm(x, added, *weights, **options)
+
+
+def dropout_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    for shape in [(3, 5), (2, 2, 70)] if small else [(1,), (7, 63), (2, 3, 65), (5, 384), (3, 1000)]:
+        for p in (0.1, 0.75, 1.0):
+            options = {"p": p, "seed": int(torch.randint(2**62, ())), "stream": int(torch.randint(100, ()))}
+            yield Call((vectors(*shape, dtype=dtype, device=device),), options, f"{shape} p {p}")
+
+
+def activation_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    shapes = [(2, 3, 9), (5, 16)] if small else [(1,), (5, 15), (2, 3, 17), (130, 8), (3, 384)]
+    for shape, name, bias in itertools.product(shapes, ("gelu", "gelu_tanh", "relu", "silu"), (False, True)):
+        tensors = [3 * vectors(*shape, dtype=dtype, device=device)]
+        tensors += [vectors(shape[-1], dtype=dtype, device=device)] if bias else []
+        yield Call(tuple(tensors), {"activation": name}, f"{shape} {name} bias {bias}")
+
+
+ATTENTION = ("varlen_attention", "varlen_attention_backward")
+NORM = ("dropout_add_layer_norm", "dropout_add_layer_norm_backward")
 PAIRWISE = ("pairwise_similarity", "pairwise_similarity_backward")
 CASES = [
     Case("pool", F.pool, pool_calls, ("pool", "pool_backward")),
+    Case("varlen_attention", attention, attention_calls, ATTENTION),
+    Case("varlen_attention_qkvpacked", packed_attention, packed_attention_calls, ATTENTION),
+    Case("dropout_add_layer_norm", norm, norm_calls, NORM),
+    Case("bias_activation", F.bias_activation, activation_calls, ("bias_activation", "bias_activation_backward"), True),
+    Case("dropout", F.dropout, dropout_calls, ("dropout",)),
     Case("l2_normalize", F.l2_normalize, normalize_calls, ("l2_normalize", "l2_normalize_backward")),
     Case("dot_similarity", F.dot_similarity, matrix_calls, ("dot_similarity",)),
     Case("cosine_similarity", F.cosine_similarity, matrix_calls, ("cosine_similarity", "dot_similarity")),

@@ -46,7 +46,7 @@ def test_values(case: Case, backend: Backend, dtype: torch.dtype) -> None:
         with registry.use_backend("reference"):
             eager, exact = case.run(call), case.run(call.to(torch.float64))
         assert result.dtype == eager.dtype
-        assert_accurate(result, eager, exact, what=f"{case.name} {call.label}")
+        assert_accurate(result, eager, exact, size=case.size(call), what=f"{case.name} {call.label}")
 
 
 @every_dtype

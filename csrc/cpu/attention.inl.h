@@ -17,18 +17,21 @@ struct Head {
   float* scores;
   Element* weights;
   const Element *q, *k, *v;
-  int64_t head;
+  int64_t head, begin;  // begin: first row of the sequence
 
   Head(const Attention& p, int64_t task, void* memory) {
     const int64_t sequence = task / p.heads;
     head = task % p.heads;
-    const int64_t begin = p.cu_seqlens[sequence], hidden = p.heads * p.head_dim;
+    begin = p.cu_seqlens[sequence];
     length = p.cu_seqlens[sequence + 1] - begin;
     steps = p.head_dim / Step::depth;
     width = round_up(p.head_dim);
-    q = static_cast<const Element*>(p.qkv) + begin * p.stride + head * p.head_dim;
-    k = q + hidden;
-    v = k + hidden;
+    const auto of = [&](const Rows& rows) {
+      return static_cast<const Element*>(rows.data) + begin * rows.stride + head * p.head_dim;
+    };
+    q = of(p.q);
+    k = of(p.k);
+    v = of(p.v);
     const int64_t padded = (length + kPanel - 1) / kPanel * kPanel;
     row_stride = padded + 16;  // rows a power of two apart would share the same few places of the first cache
     const auto address = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
@@ -45,8 +48,8 @@ void pack_keys(const Attention& p, const Head<Step>& h) {
   for (int64_t begin = 0; begin < h.length; begin += kPanel) {
     const int64_t count = h.length - begin < kPanel ? h.length - begin : kPanel;
     const int64_t width = count > kPanel / 2 ? kPanel : round_up(count);
-    const Word* from = reinterpret_cast<const Word*>(h.k + begin * p.stride);
-    gemm::turn(from, p.stride / Step::depth, count, h.steps, width, h.keys + begin * h.steps);
+    const Word* from = reinterpret_cast<const Word*>(h.k + begin * p.k.stride);
+    gemm::turn(from, p.k.stride / Step::depth, count, h.steps, width, h.keys + begin * h.steps);
   }
 }
 
@@ -56,11 +59,11 @@ void pack_values(const Attention& p, const Head<Step>& h) {
   for (int64_t i = 0; i < h.length; i += Step::depth) {
     Word* to = h.values + i / Step::depth * h.width;
     if constexpr (Step::depth == 1) {
-      const Word* from = reinterpret_cast<const Word*>(h.v + i * p.stride);
+      const Word* from = reinterpret_cast<const Word*>(h.v + i * p.v.stride);
       for (int64_t d = 0; d < p.head_dim; ++d) to[d] = from[d];
     } else {
-      const auto* low = h.v + i * p.stride;
-      const auto* high = i + 1 < h.length ? low + p.stride : nullptr;
+      const auto* low = h.v + i * p.v.stride;
+      const auto* high = i + 1 < h.length ? low + p.v.stride : nullptr;
       for (int64_t d = 0; d < p.head_dim; ++d) {
         to[d] = low[d].bits | (high != nullptr ? static_cast<uint32_t>(high[d].bits) << 16 : 0u);
       }
@@ -76,9 +79,9 @@ SENTFAST_INLINE inline void score_tile(const Attention& p, const Head<Step>& h, 
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < V; ++j) sum[i][j] = Vec::zero();
   }
-  const Word* q = reinterpret_cast<const Word*>(h.q + row * p.stride);
+  const Word* q = reinterpret_cast<const Word*>(h.q + row * p.q.stride);
   const Word* k = h.keys + key / kPanel * kPanel * h.steps + key % kPanel;
-  gemm::accumulate<Step, R, V>(sum, q, p.stride / Step::depth, k, kPanel, h.steps);
+  gemm::accumulate<Step, R, V>(sum, q, p.q.stride / Step::depth, k, kPanel, h.steps);
   const Vec scale = Vec::fill(p.scale);
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -98,9 +101,13 @@ SENTFAST_INLINE inline void score_tile(const Attention& p, const Head<Step>& h, 
   }
 }
 
-// weights = exp(scores - max) for keys [begin, end), zero for the others of [first, last); returns their sum.
+struct Softmax {
+  float highest, sum;  // of the scores; of their exponentials, the highest's being 1
+};
+
+// weights = exp(scores - highest) for keys [begin, end), zero for the others of [first, last).
 template <class Element>
-float softmax(const float* scores, Element* weights, int64_t first, int64_t begin, int64_t end, int64_t last) {
+Softmax softmax(const float* scores, Element* weights, int64_t first, int64_t begin, int64_t end, int64_t last) {
   constexpr bool exact = sizeof(Element) == 4;
   const float* from = scores + begin;
   const int64_t count = end - begin;
@@ -128,7 +135,29 @@ float softmax(const float* scores, Element* weights, int64_t first, int64_t begi
     store(x, to + d, k);
   });
   for (int64_t d = end; d < last; ++d) weights[d] = Element{};
-  return sum.sum();
+  return {highest, sum.sum()};
+}
+
+// Keys [first, last) that dropout takes; the scale of the others goes with the sum. first: a multiple of a panel.
+template <class Element>
+void drop(const Dropout& p, int64_t row, int64_t head, int64_t first, int64_t last, Element* weights) {
+  for (int64_t key = first; key < last; key += dropout::kBlock) {
+    Vec::Mask masks[dropout::kMasks];
+    dropout::keep(p, row, head, key, masks);
+    each_vector(last - key < dropout::kBlock ? last - key : dropout::kBlock, [&](int64_t d, auto k) SENTFAST_INLINE {
+      store(Vec::select(masks[d / Vec::lanes], load(weights + key + d, k), Vec::zero()), weights + key + d, k);
+    });
+  }
+}
+
+struct Span {
+  int64_t begin, end;
+};
+
+// The keys that a query sees.
+inline Span seen(const Attention& p, int64_t query, int64_t length) {
+  return {p.left >= 0 && query > p.left ? query - p.left : 0,
+          p.right >= 0 && query + p.right + 1 < length ? query + p.right + 1 : length};
 }
 
 // out[i] = weights[i] values / sum[i] for R queries and V vectors of columns; keys [first, last).
@@ -161,25 +190,27 @@ SENTFAST_INLINE inline void value_tile(const Attention& p, const Head<Step>& h, 
 
 template <class Step, int R>
 void strip(const Attention& p, const Head<Step>& h, int64_t row, typename Step::Element* out) {
-  // With a window, the keys that any of the rows sees, from the start of a panel.
-  int64_t first = 0, last = h.length;
-  if (p.window >= 0) {
-    first = row > p.window ? (row - p.window) / kPanel * kPanel : 0;
-    last = row + R + p.window < h.length ? row + R + p.window : h.length;
-  }
+  // The keys that any of the rows sees, from the start of a panel.
+  const int64_t first = seen(p, row, h.length).begin / kPanel * kPanel, last = seen(p, row + R - 1, h.length).end;
   for (int64_t key = first; key < last; key += kTileColumns) {
     gemm::with_vectors((last - key + Vec::lanes - 1) / Vec::lanes,
                        [&](auto v) SENTFAST_INLINE { score_tile<Step, R, decltype(v)::value>(p, h, row, key); });
   }
+  using Element = typename Step::Element;
   const int64_t whole = (last + Step::depth - 1) / Step::depth * Step::depth;
   float sums[R];
   for (int i = 0; i < R; ++i) {
-    int64_t begin = 0, end = h.length;
-    if (p.window >= 0) {
-      begin = row + i > p.window ? row + i - p.window : 0;
-      end = row + i + p.window + 1 < h.length ? row + i + p.window + 1 : h.length;
+    const Span keys = seen(p, row + i, h.length);
+    Element* weights = h.weights + i * h.row_stride;
+    const Softmax found = softmax(h.scores + i * h.row_stride, weights, first, keys.begin, keys.end, whole);
+    if (p.lse != nullptr) {
+      p.lse[h.head * p.lse_stride + h.begin + row + i] = found.highest + __builtin_logf(found.sum);
     }
-    sums[i] = softmax(h.scores + i * h.row_stride, h.weights + i * h.row_stride, first, begin, end, whole);
+    sums[i] = found.sum;
+    if (p.dropout.threshold != 0) {
+      drop(p.dropout, h.begin + row + i, h.head, first, whole, weights);
+      sums[i] /= p.dropout.scale;
+    }
   }
   for (int64_t column = 0; column < h.width; column += kTileColumns) {
     gemm::with_vectors((h.width - column) / Vec::lanes, [&](auto v) SENTFAST_INLINE {

@@ -549,10 +549,21 @@ class Forward {
       const Rotate p = {m_.heads, head_dim, table, batch_.position_ids + first_, buffers_.qkv, 3 * m_.hidden};
       team_.run(rows_, row_grain(), [&](int64_t begin, int64_t end) { kernels_.rotate[compute()](p, begin, end); });
     }
-    const Attention p = {m_.heads,          head_dim,        buffers_.cu_seqlens.data(),
-                         buffers_.qkv,      3 * m_.hidden,   1.0f / std::sqrt(static_cast<float>(head_dim)),
-                         m_.attention_bias, m_.bias_reach,   layer.window,
-                         first_row_only,    buffers_.context};
+    const auto* qkv = static_cast<const char*>(buffers_.qkv);
+    const int64_t part = m_.hidden * m_.element_bytes();
+    Attention p = {};
+    p.heads = m_.heads;
+    p.head_dim = head_dim;
+    p.cu_seqlens = buffers_.cu_seqlens.data();
+    p.q = {qkv, 3 * m_.hidden};
+    p.k = {qkv + part, 3 * m_.hidden};
+    p.v = {qkv + 2 * part, 3 * m_.hidden};
+    p.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    p.bias = m_.attention_bias;
+    p.bias_reach = m_.bias_reach;
+    p.left = p.right = layer.window;
+    p.first_row_only = first_row_only;
+    p.out = buffers_.context;
     const int64_t bytes = attention_scratch(longest_, head_dim);
     team_.run(sequences() * m_.heads, grain(rows_ / sequences() * head_dim * 8), [&](int64_t begin, int64_t end) {
       kernels_.attention[compute()](p, begin, end, scratch_memory.get(bytes));

@@ -180,24 +180,53 @@ struct LinearBlock {
 
 static inline int64_t linear_scratch(int64_t rows) { return (kBlockSteps + (rows + 7) / 8 * 8) * kPanel; }
 
+// Which elements dropout sets to zero, as a function of their place: see dropout.inl.h.
+struct Dropout {
+  uint64_t seed;
+  uint32_t stream;     // tells the places of one seed's uses apart
+  uint32_t threshold;  // of 2^32: what is dropped; 0: nothing
+  float scale;         // 1 / (1 - p)
+};
+
 // Attention of each sequence to itself, head by head; a task is one head of one sequence.
 struct Attention {
   int64_t heads, head_dim;
-  const int32_t* cu_seqlens;  // rows of qkv
-  const void* qkv;            // rows of query, key and value, each heads * head_dim
-  int64_t stride;
+  const int32_t* cu_seqlens;  // rows of q, k and v
+  Rows q, k, v;               // rows of heads * head_dim
   float scale;
   const float* bias;  // [heads, 2 * bias_reach - 1] or nullptr: added at column bias_reach - 1 + key - query
   int64_t bias_reach;
-  int64_t window;       // keys further away are not seen; negative: all are
+  int64_t left, right;  // keys further before or after are not seen; negative: all are
   bool first_row_only;  // only the first query of each sequence; out then has one row per sequence
   void* out;            // rows of heads * head_dim
+  float* lse;           // [heads, lse_stride]: log of the sum of a query's exponentials; or nullptr
+  int64_t lse_stride;
+  Dropout dropout;  // of the weights
 };
 
 // Bytes of scratch for sequences of at most `length` tokens.
 static inline int64_t attention_scratch(int64_t length, int64_t head_dim) {
   const int64_t keys = (length + kPanel - 1) / kPanel * kPanel;
   return (keys * (head_dim + (head_dim + 15) / 16 * 16) + 2 * 8 * (keys + 16)) * 4 + 64;
+}
+
+// A task is one head of the sequences [sequence_begin, sequence_end) of one part of the batch.
+struct AttentionBackward {
+  Attention forward;  // out and lse are read
+  Rows grad;          // of out
+  void *grad_q, *grad_k, *grad_v;  // rows of heads * head_dim
+  int64_t grad_stride;
+  const int64_t* parts;  // where each part of the batch starts, and its sequences' number
+  float* grad_bias;      // [parts, heads, 2 * bias_reach - 1], added to; nullptr without bias
+};
+
+// Queries whose scores are held at a time.
+constexpr int64_t kBackwardQueries = 64;
+
+static inline int64_t attention_backward_scratch(int64_t length, int64_t head_dim) {
+  const int64_t keys = (length + kPanel - 1) / kPanel * kPanel, width = (head_dim + 15) / 16 * 16;
+  const int64_t tokens = keys * (2 * head_dim + 5 * width + 2 * kPanel + 1);
+  return (tokens + kBackwardQueries * (2 * (keys + 16) + width)) * 4 + 64;
 }
 
 // Adds a residual and normalises: sum = y + residual; sum_out = sum; normed = (sum - mean) / sqrt(var + eps) * weight +
@@ -238,6 +267,49 @@ struct Gate {
   int64_t stride;
 };
 
+// ---- training ----
+
+// Rows whose part of a sum over all rows is made by itself, so that the sum does not depend on the threads.
+constexpr int64_t kPartialRows = 64;
+
+struct DropoutRows {
+  int64_t dim;
+  Rows x;
+  void* y;
+  Dropout dropout;
+};
+
+// sum = dropout(x) + residual; y = (sum - mean) * rstd * weight + bias.
+struct DropoutAddLayerNorm {
+  int64_t dim;
+  Rows x, residual;           // residual.data may be nullptr
+  const float *weight, *bias;  // bias may be nullptr
+  float eps;
+  Dropout dropout;
+  void *y, *sum;
+  float *mean, *rstd;
+};
+
+struct DropoutAddLayerNormBackward {
+  int64_t rows, dim;
+  Rows grad;
+  const void* sum;
+  const float *mean, *rstd, *weight;
+  Dropout dropout;
+  void *grad_sum, *grad_x;  // grad_x nullptr: the same as grad_sum
+  float* partial;           // [blocks of rows, 2, dim]: of the gradients of weight and bias
+};
+
+// y = activation(x + bias), or with grad: y = grad * activation'(x + bias).
+struct BiasActivation {
+  int64_t rows, dim;
+  Rows x, grad;
+  const float* bias;  // or nullptr
+  Activation activation;
+  void* y;
+  float* partial;  // [blocks of rows, dim]: of the gradient of bias, or nullptr
+};
+
 // ---- the table ----
 
 using PoolFn = void (*)(const Pool&, int64_t begin, int64_t end, float* scratch);
@@ -256,6 +328,11 @@ using EmbedFn = void (*)(const Embed&, int64_t begin, int64_t end);
 using RotateFn = void (*)(const Rotate&, int64_t begin, int64_t end);
 using GateFn = void (*)(const Gate&, int64_t begin, int64_t end);
 using NarrowFn = void (*)(const float* from, void* to, int64_t count);
+using AttentionBackwardFn = void (*)(const AttentionBackward&, int64_t begin, int64_t end, void* scratch);
+using DropoutFn = void (*)(const DropoutRows&, int64_t begin, int64_t end);
+using DropoutAddLayerNormFn = void (*)(const DropoutAddLayerNorm&, int64_t begin, int64_t end);
+using DropoutAddLayerNormBackwardFn = void (*)(const DropoutAddLayerNormBackward&, int64_t begin, int64_t end);
+using BiasActivationFn = void (*)(const BiasActivation&, int64_t begin, int64_t end);
 
 // Indexed by Dtype; a matrix by the dtypes of a and b.
 struct Kernels {
@@ -275,6 +352,12 @@ struct Kernels {
   PackPanelFn pack_panel[kComputes][kDtypes];  // by what the panel is for, and the dtype of the weight
   RotateFn rotate[kComputes];
   GateFn gate[kComputes];
+  AttentionBackwardFn attention_backward[kComputes];
+  DropoutFn dropout[kDtypes];
+  // By the dtype of x and whether the residual, and what follows from it, is float32 too.
+  DropoutAddLayerNormFn dropout_add_layer_norm[kDtypes][2];
+  DropoutAddLayerNormBackwardFn dropout_add_layer_norm_backward[kDtypes][2];
+  BiasActivationFn bias_activation[kDtypes], bias_activation_backward[kDtypes];
   // Multiply-adds in registers only: floating-point operations done by `rounds` rounds; nullptr: no such instruction.
   double (*peak_float32)(int64_t rounds);
   double (*peak_bfloat16)(int64_t rounds);

@@ -35,10 +35,10 @@ SENTFAST_INLINE inline Vec sigmoid(Vec x) {
   return one / (one + exp2<Exact>(y));
 }
 
-// x / 2 (1 + erf(x / sqrt 2)), the error function as x P(x^2) / Q(x^2). Beyond the limit it is 1 to within a rounding,
-// and must not stop short of it: what a strongly negative x then leaves is small but has the same sign everywhere.
+// erf(x / sqrt 2) as x P(x^2) / Q(x^2). Beyond the limit it is 1 to within a rounding, and must not stop short of it:
+// what GELU leaves of a strongly negative x is then small but has the same sign everywhere.
 template <bool Exact>
-SENTFAST_INLINE inline Vec gelu(Vec x) {
+SENTFAST_INLINE inline Vec erf(Vec x) {
   const Vec limit = Vec::fill(Exact ? 5.7f : 4.6f), one = Vec::fill(1.0f);
   const Vec z = Vec::min(limit, Vec::max(Vec::zero() - limit, x)), u = z * z;
   Vec p, q;
@@ -62,8 +62,21 @@ SENTFAST_INLINE inline Vec gelu(Vec x) {
     q = Vec::fma(u, q, Vec::fill(2.350751460e-1f));
   }
   q = Vec::fma(u, q, one);
-  const Vec erf = Vec::min(one, Vec::max(Vec::zero() - one, z * p / q)), half = Vec::fill(0.5f) * x;
-  return Vec::fma(half, erf, half);
+  return Vec::min(one, Vec::max(Vec::zero() - one, z * p / q));
+}
+
+// The normal distribution function, (1 + erf(x / sqrt 2)) / 2.
+template <bool Exact>
+SENTFAST_INLINE inline Vec normal_cdf(Vec x) {
+  const Vec half = Vec::fill(0.5f);
+  return Vec::fma(half, erf<Exact>(x), half);
+}
+
+// x times that, halved first: the sum of two large halves cannot overflow.
+template <bool Exact>
+SENTFAST_INLINE inline Vec gelu(Vec x) {
+  const Vec half = Vec::fill(0.5f) * x;
+  return Vec::fma(half, erf<Exact>(x), half);
 }
 
 struct Identity {

@@ -10,6 +10,13 @@ void fill_row(Kernels& t, int dtype) {
   t.pairwise_backward[dtype] = rows::pairwise_backward<A>;
   t.embed[dtype] = layers::embed<A>;
   t.narrow[dtype] = layers::narrow<A>;
+  t.dropout[dtype] = dropout::dropout<A>;
+  t.dropout_add_layer_norm[dtype][0] = norm::forward<A, A>;
+  t.dropout_add_layer_norm[dtype][1] = norm::forward<A, float>;
+  t.dropout_add_layer_norm_backward[dtype][0] = norm::backward<A, A>;
+  t.dropout_add_layer_norm_backward[dtype][1] = norm::backward<A, float>;
+  t.bias_activation[dtype] = activation::forward<A>;
+  t.bias_activation_backward[dtype] = activation::backward<A>;
   t.matrix[dtype][static_cast<int>(Dtype::Float32)] = matrix::block<matrix::Float32Step, A, float>;
   t.matrix[dtype][static_cast<int>(Dtype::BFloat16)] = matrix::block<matrix::Float32Step, A, BFloat16>;
   t.matrix[dtype][static_cast<int>(Dtype::Float16)] = matrix::block<matrix::Float32Step, A, Float16>;
@@ -26,6 +33,7 @@ void fill_compute(Kernels& t, Compute compute) {
   t.pack_panel[i][static_cast<int>(Dtype::BFloat16)] = linear::pack_panel<Step, BFloat16>;
   t.pack_panel[i][static_cast<int>(Dtype::Float16)] = linear::pack_panel<Step, Float16>;
   t.attention[i] = attention::attention<Step>;
+  t.attention_backward[i] = attention_backward::backward<Element>;
   t.rotate[i] = layers::rotate<Element>;
   t.gate[i] = layers::gate<Element>;
 }

@@ -14,8 +14,12 @@ namespace {
 #include "matrix.inl.h"
 #include "math.inl.h"
 #include "linear.inl.h"
+#include "dropout.inl.h"
 #include "attention.inl.h"
+#include "attention_backward.inl.h"
 #include "layers.inl.h"
+#include "norm.inl.h"
+#include "activation.inl.h"
 // clang-format on
 }  // namespace
 #define SENTFAST_PEAK_FLOAT32 matrix::peak<matrix::Float32Step>

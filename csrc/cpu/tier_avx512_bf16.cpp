@@ -17,6 +17,7 @@ namespace {
 #include "matrix.inl.h"
 #include "math.inl.h"
 #include "linear.inl.h"
+#include "dropout.inl.h"
 #include "attention.inl.h"
 #include "layers.inl.h"
 // clang-format on

@@ -110,6 +110,23 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_set1_epi32(value)));
   }
 
+  using Bits = __m256i;  // a uint32 per lane
+  static Bits fill_bits(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static Bits count_from(uint32_t first) {
+    return _mm256_add_epi32(fill_bits(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Bits exclusive_or(Bits a, Bits b) { return _mm256_xor_si256(a, b); }
+  // The halves of the 64-bit products.
+  static void multiply(Bits a, Bits b, Bits* high, Bits* low) {
+    const __m256i even = _mm256_mul_epu32(a, b);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  }
+  static Mask reaches(Bits a, Bits limit) {
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a, limit), a));
+  }
+
   float sum() const {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));

@@ -83,6 +83,22 @@ struct Vec {
   static Index select_index(Mask m, int32_t value, Index old) { return _mm512_mask_set1_epi32(old, m, value); }
   static Mask equal(Index x, int32_t value) { return _mm512_cmpeq_epi32_mask(x, _mm512_set1_epi32(value)); }
 
+  using Bits = __m512i;  // a uint32 per lane
+  static Bits fill_bits(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static Bits count_from(uint32_t first) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(fill_bits(first), lane);
+  }
+  static Bits exclusive_or(Bits a, Bits b) { return _mm512_xor_si512(a, b); }
+  // The halves of the 64-bit products.
+  static void multiply(Bits a, Bits b, Bits* high, Bits* low) {
+    const __m512i even = _mm512_mul_epu32(a, b);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+    *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    *low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  }
+  static Mask reaches(Bits a, Bits limit) { return _mm512_cmpge_epu32_mask(a, limit); }
+
   float sum() const {
     const __m256 x = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -198,6 +198,37 @@ struct Vec {
     return m;
   }
 
+  struct Bits {  // a uint32 per lane
+    uint32_t v[lanes];
+  };
+  static Bits fill_bits(uint32_t x) {
+    Bits r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = x;
+    return r;
+  }
+  static Bits count_from(uint32_t first) {
+    Bits r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = first + static_cast<uint32_t>(i);
+    return r;
+  }
+  static Bits exclusive_or(Bits a, Bits b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] ^= b.v[i];
+    return a;
+  }
+  // The halves of the 64-bit products.
+  static void multiply(Bits a, Bits b, Bits* high, Bits* low) {
+    for (int i = 0; i < lanes; ++i) {
+      const uint64_t product = static_cast<uint64_t>(a.v[i]) * b.v[i];
+      high->v[i] = static_cast<uint32_t>(product >> 32);
+      low->v[i] = static_cast<uint32_t>(product);
+    }
+  }
+  static Mask reaches(Bits a, Bits limit) {
+    Mask m = 0;
+    for (int i = 0; i < lanes; ++i) m |= static_cast<Mask>(a.v[i] >= limit.v[i]) << i;
+    return m;
+  }
+
   float sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
   // Rows become columns.
   static void transpose(Vec (&x)[lanes]) {

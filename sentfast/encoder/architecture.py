@@ -25,6 +25,10 @@ class Architecture:
         pre_norm: the norms stand before the two parts of a layer, and one after the last layer.
         gated: the first half of `up` goes through the activation and multiplies the second.
         rotary: positions turn queries and keys; some layers see a window only.
+        embedding_dropout: module; the other dropouts are in each layer.
+        attention: module whose mode decides whether attention drops weights.
+        attention_dropout: its Dropout, or a number, the probability.
+        output_dropout, gate_dropout, feed_forward_dropout: after `output`, before and after `down`.
     """
 
     model_type: str
@@ -49,6 +53,12 @@ class Architecture:
     pre_norm: bool = False
     gated: bool = False
     rotary: bool = False
+    embedding_dropout: str = "embeddings.dropout"
+    attention: str = "attention.self"
+    attention_dropout: str = "attention.self.dropout"
+    output_dropout: str = "attention.output.dropout"
+    gate_dropout: str = ""
+    feed_forward_dropout: str = "output.dropout"
 
     @property
     def module(self) -> str:
@@ -85,6 +95,10 @@ ARCHITECTURES = (
         activation="ffn.activation",
         down="ffn.lin2",
         feed_forward_norm="output_layer_norm",
+        attention="attention",
+        attention_dropout="attention.dropout",
+        output_dropout="",
+        feed_forward_dropout="ffn.dropout",
     ),
     Architecture(
         "mpnet",
@@ -96,6 +110,9 @@ ARCHITECTURES = (
         qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         output="attention.attn.o",
         attention_norm="attention.LayerNorm",
+        attention="attention.attn",
+        attention_dropout="attention.attn.dropout",
+        output_dropout="attention.dropout",
     ),
     Architecture(
         "modernbert",
@@ -117,6 +134,12 @@ ARCHITECTURES = (
         pre_norm=True,
         gated=True,
         rotary=True,
+        embedding_dropout="embeddings.drop",
+        attention="attn",
+        attention_dropout="attn.attention_dropout",
+        output_dropout="attn.out_drop",
+        gate_dropout="mlp.drop",
+        feed_forward_dropout="",
     ),
 )
 MODEL_TYPES = tuple(architecture.model_type for architecture in ARCHITECTURES)

@@ -29,11 +29,7 @@ class Encoder:
     Attributes:
         architecture: model type of transformers.
         hidden_size: width of the result.
-        vocabulary_size: rows of the word embeddings.
-        token_types: rows of the token type table, 0 if the architecture has none.
-        max_length: the longest sequence that the position table allows.
-        positions: rows of the position table.
-        padding_idx: the token id that does not count as a position, None if all do.
+        tables: sizes of the embedding tables.
         precision: "fp32" or "bf16": in what the products are computed.
         dtype: that of the result.
     """
@@ -41,18 +37,18 @@ class Encoder:
     def __init__(self, parts: Parts, compute_dtype: torch.dtype):
         self.architecture = parts.architecture.model_type
         self.hidden_size = parts.hidden_size
-        self.vocabulary_size = parts.words.weight.shape[0]
-        self.token_types = 0 if parts.token_types is None else parts.token_types.weight.shape[0]
-        self.positions = parts.length
-        self.max_length = parts.length - parts.position_offset
-        self.padding_idx = parts.padding_idx
+        self.tables = parts.tables
         self.precision = "bf16" if compute_dtype == torch.bfloat16 else "fp32"
         self.dtype = parts.words.weight.dtype
         self._words = parts.words.weight.detach().contiguous()
         self._weights = pack(parts, compute_dtype)
         windows = list(parts.windows) if any(window >= 0 for window in parts.windows) else []
         self._form = (parts.heads, parts.activation, windows, parts.architecture.pre_norm, parts.architecture.gated)
-        self._offset, self._eps = parts.position_offset, parts.eps
+        self._eps = parts.eps
+
+    @property
+    def max_length(self) -> int:
+        return self.tables.max_length
 
     def run(
         self,
@@ -89,14 +85,14 @@ class Encoder:
         """
         if not checked:
             self._check(input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
-        if position_ids is None and self.padding_idx is not None:
-            position_ids = self._count_positions(input_ids, cu_seqlens)
+        if position_ids is None and self.tables.has_padding(input_ids):
+            position_ids = self.tables.count_positions(input_ids, cu_seqlens)
         heads, activation, windows, pre_norm, gated = self._form
         return operator(
             self._words,
             input_ids,
             cu_seqlens,
-            token_type_ids if self.token_types else None,
+            token_type_ids if self.tables.token_types else None,
             position_ids,
             self._weights,
             heads,
@@ -104,24 +100,13 @@ class Encoder:
             windows,
             pre_norm,
             gated,
-            self._offset,
+            self.tables.position_offset,
             self._eps,
             [POOLING_MODES.index(mode) for mode in modes],
             prompt_length,
             normalize,
             padded_length,
         )
-
-    def _count_positions(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor | None:
-        """Where a padding token stands inside a text, the tokens after it count on as if it were not there."""
-        padding = input_ids.numpy() == self.padding_idx
-        if not padding.any():
-            return None
-        counted = np.concatenate([[0], np.cumsum(~padding)])
-        ends = cu_seqlens.numpy()
-        before = np.repeat(counted[ends[:-1]], np.diff(ends))
-        positions = (counted[1:] - before) * ~padding + self.padding_idx
-        return torch.from_numpy(positions.astype(np.int32))
 
     def _check(
         self,
@@ -145,8 +130,12 @@ class Encoder:
         unknown = [mode for mode in modes if mode not in POOLING_MODES]
         if unknown:
             raise ValueError(f"modes: expected names of {POOLING_MODES}, got {unknown[0]!r}")
-        _in_table("input_ids", input_ids, self.vocabulary_size)
-        limits = {"token_type_ids": (token_type_ids, self.token_types), "position_ids": (position_ids, self.positions)}
+        tables = self.tables
+        _in_table("input_ids", input_ids, tables.vocabulary_size)
+        limits = {
+            "token_type_ids": (token_type_ids, tables.token_types),
+            "position_ids": (position_ids, tables.positions),
+        }
         for name, (ids, rows) in limits.items():
             if ids is not None:
                 _int32(name, ids)
@@ -177,10 +166,11 @@ class _Entry:
         self.state = State(self.structure.parameters) if isinstance(self.found, Parts) else None
         self.encoders: dict[torch.dtype, Encoder] = {}
 
-    def current(self) -> bool:
+    def current(self, weights: bool) -> bool:
+        """weights: they have not changed either, where the model is covered."""
         if not (self.structure.same_parts() and self.structure.same_code()):
             return False
-        return self.structure.same_kinds() if self.state is None else self.state.current()
+        return self.state.current() if weights and self.state is not None else self.structure.same_kinds()
 
     def keeps_weights(self, newer: _Entry) -> bool:
         """Only attributes have changed: the packed weights stay good."""
@@ -202,13 +192,13 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def _entry(model: nn.Module) -> _Entry:
+def _entry(model: nn.Module, weights: bool = True) -> _Entry:
     entry = _table.get(model)
-    if entry is not None and entry.current():
+    if entry is not None and entry.current(weights):
         return entry
     with _lock:
         entry = _table.get(model)
-        if entry is not None and entry.current():
+        if entry is not None and entry.current(weights):
             return entry
         new = _Entry(model)
         if entry is not None and entry.keeps_weights(new):
@@ -226,6 +216,35 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
         inside: the call comes from the model's own ``forward``, so hooks on the model itself run anyway.
     """
     choice.check_precision(precision)
+    entry = _covered(model, inside, weights=True)
+    if isinstance(entry, str):
+        return entry
+    assert isinstance(entry.found, Parts)
+    if entry.structure.drops() or (torch.is_grad_enabled() and entry.structure.requires_grad()):
+        return "SF122"
+    if torch.is_autocast_enabled("cpu"):
+        if not _multiplies_bfloat16(entry.found):
+            return "SF116"
+        precision = "bf16"
+    dtype = _compute_dtype(entry.found, precision)
+    encoder = entry.encoders.get(dtype)
+    return _packed(entry, dtype) if encoder is None else encoder
+
+
+def parts_of(model: nn.Module, *, inside: bool = False) -> Parts | str:
+    """The model taken apart, for a forward pass that a gradient goes through; or the reason code why there is none."""
+    entry = _covered(model, inside, weights=False)
+    if isinstance(entry, str):
+        return entry
+    assert isinstance(entry.found, Parts)
+    if entry.structure.hooked_backward():
+        return "SF120"
+    if torch.is_autocast_enabled("cpu") and not _multiplies_bfloat16(entry.found):
+        return "SF116"
+    return entry.found
+
+
+def _covered(model: nn.Module, inside: bool, weights: bool) -> _Entry | str:
     if architecture_of(type(model)) is None:
         return "SF123"
     if choice.is_off(model):
@@ -233,17 +252,15 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
     reason = _reason_now(model, inside)
     if reason:
         return reason
-    entry = _entry(model)
+    entry = _entry(model, weights)
     if isinstance(entry.found, Refusal):
         return entry.found.code
-    reason = entry.structure.refusal()
-    if reason:
-        return reason
-    if torch.is_grad_enabled() and entry.structure.requires_grad():
-        return "SF122"
-    dtype = _compute_dtype(entry.found, precision)
-    encoder = entry.encoders.get(dtype)
-    return _packed(entry, dtype) if encoder is None else encoder
+    return "SF120" if entry.structure.hooked() else entry
+
+
+def _multiplies_bfloat16(parts: Parts) -> bool:
+    """Whether autocast asks for what the kernels do with bfloat16: products in it, everything else in float32."""
+    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and parts.words.weight.dtype == torch.float32
 
 
 def _packed(entry: _Entry, dtype: torch.dtype) -> Encoder:
@@ -258,8 +275,6 @@ def _reason_now(model: nn.Module, inside: bool) -> str:
     """What can be said against this call without looking at the model's parts."""
     if torch.compiler.is_compiling():
         return "SF127"
-    if torch.is_autocast_enabled("cpu"):
-        return "SF116"
     own: dict[str, Any] = vars(model)
     if global_hooks():
         return "SF120"

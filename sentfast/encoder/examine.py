@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sentfast.encoder.architecture import MODEL_TYPES, Architecture, architecture_of
+from sentfast.encoder.tables import Tables
 from sentfast.integrations.guards import MARK
 from sentfast.reference import ACTIVATIONS
 from sentfast.registry import KERNEL_DTYPES
@@ -53,7 +54,19 @@ class _RefusalError(Exception):
         self.refusal = Refusal(code, detail)
 
 
+class Dropouts(NamedTuple):
+    """Of one layer. Each is a module, None for none; attention's may be a number, that its module drops in training."""
+
+    attention_module: nn.Module
+    attention: Any
+    output: nn.Module | None
+    gate: nn.Module | None
+    feed_forward: nn.Module | None
+
+
 class LayerParts(NamedTuple):
+    module: nn.Module
+    dropouts: Dropouts
     qkv: tuple[nn.Linear, ...]
     output: nn.Linear
     attention_norm: nn.LayerNorm | None
@@ -81,6 +94,7 @@ class Parts:
     positions: nn.Embedding | None
     token_types: nn.Embedding | None
     embedding_norm: nn.LayerNorm
+    embedding_dropout: nn.Module
     projection: nn.Linear | None
     final_norm: nn.LayerNorm | None
     bias: Any
@@ -94,6 +108,11 @@ class Parts:
     padding_idx: int | None
     position_offset: int
     length: int
+
+    @property
+    def tables(self) -> Tables:
+        types = 0 if self.token_types is None else self.token_types.weight.shape[0]
+        return Tables(self.words.weight.shape[0], types, self.length, self.position_offset, self.padding_idx)
 
 
 def examine(model: nn.Module) -> Parts | Refusal:
@@ -257,6 +276,7 @@ def _take_apart(model: nn.Module, architecture: Architecture) -> Parts:
         positions=positions,
         token_types=token_types,
         embedding_norm=embedding_norm,
+        embedding_dropout=attrgetter(architecture.embedding_dropout)(model),
         projection=projection,
         final_norm=final_norm,
         bias=bias,
@@ -278,6 +298,8 @@ def _layer_parts(read: _Reader, architecture: Architecture, layer: nn.Module, hi
     intermediate = attrgetter(architecture.down)(layer).in_features
     first_norm = attrgetter(architecture.attention_norm)(layer)
     return LayerParts(
+        module=layer,
+        dropouts=_dropouts(architecture, layer),
         qkv=tuple(read.linear(layer, path, qkv_rows, hidden) for path in architecture.qkv),
         output=read.linear(layer, architecture.output, hidden, hidden),
         attention_norm=None
@@ -287,6 +309,14 @@ def _layer_parts(read: _Reader, architecture: Architecture, layer: nn.Module, hi
         down=read.linear(layer, architecture.down, hidden, intermediate),
         feed_forward_norm=read.norm(layer, architecture.feed_forward_norm, hidden),
     )
+
+
+def _dropouts(architecture: Architecture, layer: nn.Module) -> Dropouts:
+    def of(path: str) -> Any:
+        return attrgetter(path)(layer) if path else None
+
+    a = architecture
+    return Dropouts(of(a.attention), *map(of, (a.attention_dropout, a.output_dropout, a.gate_dropout)), of(a.feed_forward_dropout))
 
 
 def _activation_name(function: Any) -> str:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sentfast.encoder.encoder import Encoder
+from sentfast.encoder.tables import Tables
 from sentfast.integrations import guards
 
 _INTEGERS = (torch.int64, torch.int32)
 
 
 class Packed(NamedTuple):
-    """The first arguments of ``Encoder.run``, checked against the encoder's tables; `length` of the padded batch."""
+    """The first arguments of ``Encoder.run``, checked against the tables; `length` of the padded batch."""
 
     input_ids: Tensor
     cu_seqlens: Tensor
@@ -23,13 +23,19 @@ class Packed(NamedTuple):
     position_ids: Tensor | None
     length: int
 
-    @property
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.input_ids, self.cu_seqlens, self.token_type_ids, self.position_ids
+    def pad(self, x: Tensor) -> Tensor:
+        """[T, H] -> [B, length, H] with zeros after each sequence; differentiable."""
+        batch, total, hidden = self.cu_seqlens.shape[0] - 1, *x.shape
+        if total == batch * self.length:
+            return x.view(batch, self.length, hidden)
+        ends = self.cu_seqlens.numpy()
+        skipped = self.length * np.arange(batch) - ends[:-1]
+        rows = torch.from_numpy(np.arange(total) + np.repeat(skipped, np.diff(ends)))
+        return x.new_zeros(batch * self.length, hidden).index_copy(0, rows, x).view(batch, self.length, hidden)
 
 
 def pack_padded(
-    encoder: Encoder,
+    tables: Tables,
     input_ids: Any,
     attention_mask: Any = None,
     token_type_ids: Any = None,
@@ -51,16 +57,16 @@ def pack_padded(
     if isinstance(lengths, str):
         return lengths
     longest = int(lengths.max())
-    if longest > encoder.max_length:
+    if longest > tables.max_length:
         return "SF126"
     used = None if longest == int(lengths.min()) == length else np.arange(length) < lengths[:, None]
-    tables = (
-        (input_ids, encoder.vocabulary_size),
-        (token_type_ids if encoder.token_types else None, encoder.token_types),
-        (position_ids, encoder.positions),
+    inputs = (
+        (input_ids, tables.vocabulary_size),
+        (token_type_ids if tables.token_types else None, tables.token_types),
+        (position_ids, tables.positions),
     )
     packed = []
-    for tensor, rows in tables:
+    for tensor, rows in inputs:
         values = None if tensor is None else _values(tensor, rows, ids.shape, used)
         if isinstance(values, str):
             return values

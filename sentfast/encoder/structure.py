@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from sentfast import native
 from sentfast.encoder.examine import inner_modules
 
-# Those of the backward pass do nothing where no gradient is needed, and where one is, the original runs.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _hooks = itemgetter(*_HOOKS)
-_hooks_and_training = itemgetter(*_HOOKS, "training")
+_backward_hooks = itemgetter("_backward_hooks", "_backward_pre_hooks")
+_training = itemgetter("training")
 _version = attrgetter("_version")
 _kind = attrgetter("dtype", "device")
 _requires_grad = attrgetter("requires_grad")
@@ -62,16 +62,17 @@ class Structure:
         """Dtypes and devices, for a model of which nothing else is known."""
         return list(map(_kind, self.parameters)) == self.kinds
 
-    def refusal(self) -> str:
-        """The reason code of hooks on inner modules, or of dropout in training mode."""
-        if not any(chain.from_iterable(map(_hooks_and_training, self.spaces))):
-            return ""
-        if has_hooks(self.spaces):
-            return "SF120"
-        return "SF122" if self._drops() else ""
+    def hooked(self) -> bool:
+        """Hooks on inner modules that may see or change what passes."""
+        return any(chain.from_iterable(map(_hooks, self.spaces))) and has_hooks(self.spaces)
 
-    def _drops(self) -> bool:
+    def hooked_backward(self) -> bool:
+        return any(chain.from_iterable(map(_backward_hooks, self.spaces)))
+
+    def drops(self) -> bool:
         """A Dropout in training mode, or a module that asks its Dropout for the probability while itself in it."""
+        if not any(map(_training, self.spaces)):
+            return False
         dropouts = [module for module in self.inner if isinstance(module, nn.Dropout)]
         asking = [module for module in self.inner if type(module).__module__.startswith("transformers.models.")]
         return any(module.training for module in dropouts + asking) and any(module.p > 0 for module in dropouts)
@@ -80,10 +81,15 @@ class Structure:
         return any(map(_requires_grad, self.parameters))
 
 
+# Modules of transformers whose hooks change nothing: one records outputs only when asked to, the other asks for the
+# gradient of the embeddings.
+_HARMLESS = ("transformers.utils.output_capturing", "transformers.modeling_utils")
+
+
 def has_hooks(spaces: list[dict[str, Any]]) -> bool:
-    """Hooks that do something. Those that transformers leaves behind to record outputs sleep until it asks."""
+    """Hooks that do something, on the way forward."""
     hooks = chain.from_iterable(map(dict.values, chain.from_iterable(map(_hooks, spaces))))
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return any(getattr(hook, "__module__", "") not in _HARMLESS for hook in hooks)
 
 
 class State:

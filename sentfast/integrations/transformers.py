@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sentfast import switch
-from sentfast.encoder import choice, encoder_of, pack_padded
+from sentfast.encoder import Encoder, Packed, choice, encoder_of, pack_padded, parts_of, token_embeddings
 from sentfast.encoder.architecture import Architecture, architecture_of
+from sentfast.encoder.examine import Parts
 from sentfast.integrations import guards
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -94,16 +95,32 @@ def _forward(architecture: Architecture, signature: Signature, model: Any, *args
     if isinstance(form, str):
         return form
     encoder = encoder_of(model, choice.chosen(model) or "match", inside=True)
-    if isinstance(encoder, str):
-        return encoder
-    packed = pack_padded(encoder, *(arguments.get(name) for name in _INPUTS))
+    found = parts_of(model, inside=True) if encoder == "SF122" else encoder
+    if isinstance(found, str):
+        return found
+    packed = pack_padded(found.tables, *(arguments.get(name) for name in _INPUTS))
     if isinstance(packed, str):
         return packed
-    ids, cu_seqlens, types, positions = packed.arguments
-    hidden = encoder.run(
-        ids, cu_seqlens, token_type_ids=types, position_ids=positions, padded_length=packed.length, checked=True
-    )
+    hidden = _infer(found, packed) if isinstance(found, Encoder) else _train(found, packed)
     return _outputs(architecture, model, hidden, form)
+
+
+def _infer(encoder: Encoder, packed: Packed) -> Tensor:
+    return encoder.run(
+        packed.input_ids,
+        packed.cu_seqlens,
+        token_type_ids=packed.token_type_ids,
+        position_ids=packed.position_ids,
+        padded_length=packed.length,
+        checked=True,
+    )
+
+
+def _train(parts: Parts, packed: Packed) -> Tensor:
+    ids, ends = packed.input_ids, packed.cu_seqlens
+    positions = parts.tables.count_positions(ids, ends) if packed.position_ids is None else packed.position_ids
+    longest = int(ends.diff().max())
+    return packed.pad(token_embeddings(parts, ids, ends, longest, packed.token_type_ids, positions))
 
 
 def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | str:

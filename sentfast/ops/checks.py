@@ -57,6 +57,24 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {x.device}")
 
 
+def packed(name: str, ends: object, other_name: str, other: Tensor) -> Tensor:
+    """`ends` if it cuts the rows of `other` into sequences: int32 [B + 1], rising from 0 to their number."""
+    if not isinstance(ends, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {describe(ends)}")
+    if ends.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32, got {describe(ends)}")
+    if ends.ndim != 1 or ends.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [B + 1], got {describe(ends)}")
+    same_device(name, ends, other_name, other)
+    # On another device the values cannot be read without waiting for it; the kernels there clamp to the tensor.
+    if values_readable(ends):
+        values, total = ends.numpy(), other.shape[0]
+        if values[0] != 0 or values[-1] != total or (values[1:] < values[:-1]).any():
+            got = f", got {ends.tolist()}" if values.size <= 32 else ""
+            raise ValueError(f"{name}: expected to rise from 0 to {total} (the number of tokens){got}")
+    return ends
+
+
 def values_readable(x: Tensor) -> bool:
     """Whether x's values can be looked at here: on the CPU, outside compilation and torch.func transforms."""
     return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

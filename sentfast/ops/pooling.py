@@ -101,31 +101,12 @@ def _check_mask(mask: object, x: Tensor) -> None:
         checks.same_device("attention_mask", mask, "token_embeddings", x)
 
 
-def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens: expected a tensor or None, got {checks.describe(cu_seqlens)}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens: expected int32, got {checks.describe(cu_seqlens)}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {checks.describe(cu_seqlens)}")
-    checks.same_device("cu_seqlens", cu_seqlens, "token_embeddings", x)
-    # On another device the values cannot be read without waiting for it; the kernels there clamp to the tensor.
-    if checks.values_readable(cu_seqlens):
-        ends = cu_seqlens.numpy()
-        if ends[0] != 0 or ends[-1] != x.shape[0] or (ends[1:] < ends[:-1]).any():
-            raise ValueError(
-                f"cu_seqlens: expected to rise from 0 to {x.shape[0]} (the number of tokens), got {cu_seqlens.tolist()}"
-                if ends.size <= 32
-                else f"cu_seqlens: expected to rise from 0 to {x.shape[0]} (the number of tokens)"
-            )
-
-
 def _check(token_embeddings: object, attention_mask: object, cu_seqlens: object, prompt_length: int) -> None:
     if cu_seqlens is not None:
         x = checks.floats("token_embeddings", token_embeddings, "[T, D] with cu_seqlens", (2,))
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None with cu_seqlens, got both")
-        _check_cu_seqlens(cu_seqlens, x)
+        checks.packed("cu_seqlens", cu_seqlens, "token_embeddings", x)
     else:
         x = checks.floats("token_embeddings", token_embeddings, "[B, L, D], or [T, D] with cu_seqlens", (3,))
         if attention_mask is not None:

@@ -5,7 +5,15 @@ accumulate in float32; every other dtype accumulates in itself, so float64 stays
 This package imports nothing from the others.
 """
 
-from sentfast.reference.encoder import ACTIVATIONS, PANEL, Embedding, Layer, encoder, pack_panels, unpack_panels
+from sentfast.reference.attention import varlen_attention_backward, varlen_attention_forward
+from sentfast.reference.encoder import PANEL, Embedding, Layer, encoder, pack_panels, unpack_panels
+from sentfast.reference.layers import (
+    ACTIVATIONS,
+    bias_activation,
+    bias_activation_backward,
+    dropout_add_layer_norm_backward,
+    dropout_add_layer_norm_forward,
+)
 from sentfast.reference.pooling import (
     CLS,
     LASTTOKEN,
@@ -18,6 +26,7 @@ from sentfast.reference.pooling import (
     pool_forward,
 )
 from sentfast.reference.precision import accumulation_dtype
+from sentfast.reference.random import dropout
 from sentfast.reference.similarity import (
     COSINE,
     DOT,
@@ -52,8 +61,13 @@ __all__ = [
     "Embedding",
     "Layer",
     "accumulation_dtype",
+    "bias_activation",
+    "bias_activation_backward",
     "cosine_similarity_forward",
     "dot_similarity",
+    "dropout",
+    "dropout_add_layer_norm_backward",
+    "dropout_add_layer_norm_forward",
     "encoder",
     "l2_normalize_backward",
     "l2_normalize_forward",
@@ -63,4 +77,6 @@ __all__ = [
     "pool_backward",
     "pool_forward",
     "unpack_panels",
+    "varlen_attention_backward",
+    "varlen_attention_forward",
 ]

@@ -10,17 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sentfast.reference.layers import ACTIVATION_FUNCTIONS
 from sentfast.reference.pooling import pool_forward
 from sentfast.reference.precision import accumulation_dtype
-
-# The integer that stands for an activation in an operator's schema is its index here.
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-_ACTIVATION_FUNCTIONS = (
-    torch.nn.functional.gelu,
-    lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    torch.relu,
-    torch.nn.functional.silu,
-)
 
 # The linear layers' weights come packed in panels of this many output features, in which a kernel reads them.
 PANEL = 64
@@ -105,7 +97,7 @@ class _Encoder:
         self.embedding = Embedding(*weights[:head])
         self.layers = [Layer(*weights[i : i + per_layer]) for i in range(head, len(weights), per_layer)]
         self.heads, self.pre_norm, self.gated, self.eps = heads, pre_norm, gated, eps
-        self.activation = _ACTIVATION_FUNCTIONS[activation]
+        self.activation = ACTIVATION_FUNCTIONS[activation]
 
     def linear(self, x: Tensor, panels: Tensor, bias: Tensor, rows: int) -> Tensor:
         weight = (panels if panels.ndim == 2 else unpack_panels(panels, rows, x.shape[-1])).to(x.dtype)

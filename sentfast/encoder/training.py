@@ -1,0 +1,189 @@
+"""The packed encoder as differentiable steps: the same architectures, with dropout and for every gradient.
+
+The matrix products are PyTorch's, over the model's own parameters, so everything that works on them does here too:
+optimisers, frozen parameters, their hooks, DistributedDataParallel, autocast. What lies between them are our operators.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from torch.utils.checkpoint import checkpoint
+
+from sentfast.encoder.examine import LayerParts, Parts
+from sentfast.ops.attention import varlen_attention_qkvpacked
+from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
+from sentfast.reference import ACTIVATIONS
+
+# Uses of one seed in a layer; the embeddings' comes before those of the first.
+_ATTENTION, _OUTPUT, _GATE, _FEED_FORWARD = range(1, 5)
+
+
+class _Batch(NamedTuple):
+    """What every layer is told. angles: of global and of local layers, [T, d / 2] cosines and sines."""
+
+    parts: Parts
+    cu_seqlens: Tensor
+    longest: int
+    seed: int
+    bias: Tensor | None
+    angles: tuple[tuple[Tensor, Tensor], ...]
+
+
+def token_embeddings(
+    parts: Parts,
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor,
+) -> Tensor:
+    """[T, H] of packed sequences, differentiable in every parameter.
+
+    Args:
+        parts: of the model.
+        input_ids, position_ids: int32 [T]; token_type_ids likewise, None: all 0.
+        cu_seqlens: int32 [B + 1]; longest: length of the longest sequence.
+    """
+    # One seed per call, from the generator whose state checkpoints and cached gradients restore.
+    seed = int(torch.randint(2**63 - 1, ()))
+    batch = _Batch(parts, cu_seqlens, longest, seed, _bias(parts, longest), _angles(parts, position_ids))
+    x = _embed(parts, input_ids, token_type_ids, position_ids, seed)
+    for i, layer in enumerate(parts.layers):
+        if getattr(layer.module, "gradient_checkpointing", False) and layer.module.training:
+            x = checkpoint(_layer, batch, i, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = _layer(batch, i, x)
+    return _norm(parts.final_norm, x)
+
+
+def _embed(
+    parts: Parts, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: int
+) -> Tensor:
+    x = _look_up(parts.words, input_ids)
+    if parts.token_types is not None:
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        x = x + _look_up(parts.token_types, types)
+    if parts.positions is not None:
+        x = x + _look_up(parts.positions, position_ids)
+    x = dropout(_norm(parts.embedding_norm, x), rate(parts.embedding_dropout), seed=seed, stream=0)
+    return x if parts.projection is None else linear(x, parts.projection.weight, parts.projection.bias)
+
+
+def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
+    return embedding(
+        ids, table.weight, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq, sparse=table.sparse
+    )
+
+
+def _norm(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
+    return x if norm is None else dropout_add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
+
+
+def _bias(parts: Parts, longest: int) -> Tensor | None:
+    """[heads, 2 * longest - 1] by the model's own rule of buckets."""
+    if parts.bias is None:
+        return None
+    distance = torch.arange(1 - longest, longest)
+    return embedding(parts.bias.relative_position_bucket(distance), parts.bias.relative_attention_bias.weight).t()
+
+
+def _angles(parts: Parts, position_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    half = parts.hidden_size // parts.heads // 2
+    found = []
+    for angles in parts.rotary:
+        cosines, sines = angles(position_ids.unsqueeze(0))
+        found.append((cosines[0, :, None, :half], sines[0, :, None, :half]))
+    return tuple(found)
+
+
+def _layer(batch: _Batch, index: int, x: Tensor) -> Tensor:
+    parts = batch.parts
+    layer = parts.layers[index]
+    add = _add_before if parts.architecture.pre_norm else _add_after
+    first, second = layer.attention_norm, layer.feed_forward_norm
+    attended = _attend(batch, index, _norm(first, x) if parts.architecture.pre_norm else x)
+    x = add(batch, _stream(index, _OUTPUT), attended, x, layer.dropouts.output, first)
+    fed = _feed_forward(batch, index, _norm(second, x) if parts.architecture.pre_norm else x)
+    return add(batch, _stream(index, _FEED_FORWARD), fed, x, layer.dropouts.feed_forward, second)
+
+
+def _add_after(
+    batch: _Batch, stream: int, y: Tensor, x: Tensor, dropped: nn.Module | None, norm: nn.LayerNorm | None
+) -> Tensor:
+    """The norm of x + dropout(y)."""
+    assert norm is not None
+    options = {"dropout_p": rate(dropped), "seed": batch.seed, "stream": stream}
+    return dropout_add_layer_norm(y, x, norm.weight, norm.bias, norm.eps, **options)
+
+
+def _add_before(
+    batch: _Batch, stream: int, y: Tensor, x: Tensor, dropped: nn.Module | None, norm: nn.LayerNorm | None
+) -> Tensor:
+    """x + dropout(y): the norm came before."""
+    return x + dropout(y, rate(dropped), seed=batch.seed, stream=stream)
+
+
+def _attend(batch: _Batch, index: int, x: Tensor) -> Tensor:
+    parts = batch.parts
+    layer, heads = parts.layers[index], parts.heads
+    qkv = linear(x, *_side_by_side(layer)).view(x.shape[0], 3, heads, -1)
+    window = parts.windows[index] if parts.windows else -1
+    if batch.angles:
+        cosines, sines = batch.angles[int(window >= 0)]
+        qkv = torch.cat([_rotate(qkv[:, :2], cosines.unsqueeze(1), sines.unsqueeze(1)), qkv[:, 2:]], dim=1)
+    context = varlen_attention_qkvpacked(
+        qkv,
+        batch.cu_seqlens,
+        batch.longest,
+        bias=batch.bias,
+        dropout_p=attention_rate(layer),
+        window_size=(window, window),
+        seed=batch.seed,
+        stream=_stream(index, _ATTENTION),
+    )
+    return linear(context.flatten(1), layer.output.weight, layer.output.bias)
+
+
+def _side_by_side(layer: LayerParts) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of query, key and value: one product of a larger size runs faster than three."""
+    if len(layer.qkv) == 1:
+        return layer.qkv[0].weight, layer.qkv[0].bias
+    biases = [x.bias for x in layer.qkv]
+    return torch.cat([x.weight for x in layer.qkv]), None if biases[0] is None else torch.cat(biases)
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x: [T, 2, heads, d]; the halves of a head are real and imaginary parts."""
+    real, imaginary = x.chunk(2, dim=-1)
+    return torch.cat([real * cosines - imaginary * sines, imaginary * cosines + real * sines], dim=-1).to(x.dtype)
+
+
+def _feed_forward(batch: _Batch, index: int, x: Tensor) -> Tensor:
+    parts = batch.parts
+    layer, activation = parts.layers[index], ACTIVATIONS[parts.activation]
+    if parts.architecture.gated:
+        y, gate = linear(x, layer.up.weight, layer.up.bias).chunk(2, dim=-1)
+        y = bias_activation(y, None, activation) * gate
+    else:
+        y = bias_activation(linear(x, layer.up.weight), layer.up.bias, activation)
+    y = dropout(y, rate(layer.dropouts.gate), seed=batch.seed, stream=_stream(index, _GATE))
+    return linear(y, layer.down.weight, layer.down.bias)
+
+
+def rate(module: nn.Module | None) -> float:
+    """The probability with which a Dropout drops now."""
+    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+
+def attention_rate(layer: LayerParts) -> float:
+    found = layer.dropouts.attention
+    p = found.p if isinstance(found, nn.Dropout) else found
+    return float(p) if layer.dropouts.attention_module.training else 0.0
+
+
+def _stream(index: int, use: int) -> int:
+    return 4 * index + use

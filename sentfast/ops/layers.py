@@ -1,0 +1,215 @@
+"""The layers between the matrix products: layer norm with dropout and residual, activation with bias, dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sentfast import reference
+from sentfast.ops import checks
+from sentfast.ops.seeds import check_dropout, seed_of
+from sentfast.reference import ACTIVATIONS, accumulation_dtype
+from sentfast.registry import define
+
+
+def _like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _dropout_fake(x, dropout_p, seed, stream):
+    return _like(x)
+
+
+def _norm_fake(x, residual, weight, bias, eps, dropout_p, seed, stream):
+    total = _like(x if residual is None else residual)
+    statistic = total.new_empty(x.shape[:-1], dtype=accumulation_dtype(torch.promote_types(x.dtype, total.dtype)))
+    return total, torch.empty_like(total), statistic, torch.empty_like(statistic)
+
+
+def _norm_backward_fake(grad, sum, mean, rstd, weight, like, dropout_p, seed, stream):
+    same = dropout_p == 0.0 and like.dtype == grad.dtype
+    grad_x = like.new_empty(0) if same else like.new_empty(grad.shape)
+    grad_weight = mean.new_empty(grad.shape[-1])
+    return _like(grad), grad_x, grad_weight, torch.empty_like(grad_weight)
+
+
+def _activation_fake(x, bias, activation):
+    return _like(x)
+
+
+def _activation_backward_fake(grad, x, bias, activation):
+    return _like(x), x.new_empty(0 if bias is None else x.shape[-1], dtype=accumulation_dtype(x.dtype))
+
+
+_dropout = define(
+    "dropout(Tensor x, float dropout_p, int seed, int stream) -> Tensor",
+    reference=reference.dropout,
+    fake=_dropout_fake,
+)
+_dropout_add_layer_norm_forward = define(
+    "dropout_add_layer_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps,"
+    " float dropout_p, int seed, int stream) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.dropout_add_layer_norm_forward,
+    fake=_norm_fake,
+)
+_dropout_add_layer_norm_backward = define(
+    "dropout_add_layer_norm_backward(Tensor grad, Tensor sum, Tensor mean, Tensor rstd, Tensor weight, Tensor like,"
+    " float dropout_p, int seed, int stream) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.dropout_add_layer_norm_backward,
+    fake=_norm_backward_fake,
+)
+_bias_activation = define(
+    "bias_activation(Tensor x, Tensor? bias, int activation) -> Tensor",
+    reference=reference.bias_activation,
+    fake=_activation_fake,
+)
+_bias_activation_backward = define(
+    "bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, int activation) -> (Tensor, Tensor)",
+    reference=reference.bias_activation_backward,
+    fake=_activation_backward_fake,
+)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, options):
+        ctx.options = options
+        return _dropout(x, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        return _dropout(grad, *ctx.options), None
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, eps, options):
+        y, total, mean, rstd = _dropout_add_layer_norm_forward(x, residual, weight, bias, eps, *options)
+        ctx.save_for_backward(total, mean, rstd, weight, x.new_empty(0))
+        ctx.options = options
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        grad_sum, grad_x, grad_weight, grad_bias = _dropout_add_layer_norm_backward(
+            grad, *ctx.saved_tensors, *ctx.options
+        )
+        _, needs_residual, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        if grad_x.shape != grad_sum.shape:
+            grad_x = grad_sum
+        grads = [grad_x, grad_sum if needs_residual else None]
+        return *grads, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None
+
+
+class _BiasActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, bias, activation):
+        ctx.save_for_backward(x, bias)
+        ctx.activation = activation
+        return _bias_activation(x, bias, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        x, bias = ctx.saved_tensors
+        grad_x, grad_bias = _bias_activation_backward(grad, x, bias, ctx.activation)
+        return grad_x, None if bias is None else grad_bias, None
+
+
+def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, stream: int = 0) -> Tensor:
+    """Sets elements to 0 with probability p and multiplies the others by 1 / (1 - p).
+
+    The mask is a function of seed, stream and place (Philox 4x32, seven rounds), so backward makes it again and nothing
+    is stored; the distribution is that of ``torch.nn.functional.dropout``, the mask is not.
+
+    Args:
+        x: [..., D] float32, bfloat16 or float16.
+        p: from 0 to 1.
+        seed: the same seed gives the same mask; None: drawn from PyTorch's default generator.
+        stream: tells apart the calls that share a seed.
+
+    Raises:
+        TypeError, ValueError: x is no floating-point tensor, or p is out of range.
+    """
+    checks.floats("x", x, "[..., D]")
+    check_dropout(p)
+    if p == 0.0 or x.numel() == 0:
+        return x
+    return _Dropout.apply(x, (float(p), seed_of(p, seed), stream))
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Layer norm of a sum: ``LayerNorm(dropout(x) + residual) * weight + bias`` in one pass.
+
+    Args:
+        x: [..., D] float32, bfloat16 or float16.
+        residual: in the shape of x and its dtype or float32, which is then the dtype of the result; None: no residual.
+        weight, bias: [D]; read and accumulated in float32.
+        eps: added to the variance, which is the biased one.
+        dropout_p, seed, stream: as in :func:`dropout`; of x alone.
+
+    Returns:
+        [..., D] in the dtype of the residual. Mean, variance and the sums of the gradients are made in float32, float64
+        for float64; the sums over rows in a fixed order.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape, device or range; the message names it.
+    """
+    checks.floats("x", x, "[..., D]")
+    check_dropout(dropout_p)
+    if residual is not None:
+        checks.floats("residual", residual, "[..., D]")
+        checks.same_device("residual", residual, "x", x)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected the shape of x {list(x.shape)}, got {list(residual.shape)}")
+        if residual.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"residual: expected the dtype of x ({x.dtype}) or float32, got {residual.dtype}")
+    acc = accumulation_dtype(x.dtype)
+    weight = _vector("weight", weight, x).to(acc)
+    bias = None if bias is None else _vector("bias", bias, x).to(acc)
+    options = (float(dropout_p), seed_of(dropout_p, seed), stream)
+    return _DropoutAddLayerNorm.apply(x, residual, weight, bias, float(eps), options)
+
+
+def bias_activation(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
+    """``activation(x + bias)`` in one pass; the gradient computes it from x again.
+
+    Args:
+        x: [..., D] float32, bfloat16 or float16.
+        bias: [D], or None.
+        activation: "gelu" (by the error function), "gelu_tanh", "relu" or "silu".
+
+    Returns:
+        [..., D] in the dtype of x, computed in float32, float64 for float64.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device, or the activation is not known.
+    """
+    checks.floats("x", x, "[..., D]")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    bias = None if bias is None else _vector("bias", bias, x).to(accumulation_dtype(x.dtype))
+    return _BiasActivation.apply(x, bias, ACTIVATIONS.index(activation))
+
+
+def _vector(name: str, vector: Tensor, x: Tensor) -> Tensor:
+    checks.floats(name, vector, "[D]")
+    checks.same_device(name, vector, "x", x)
+    if vector.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected shape {list(x.shape[-1:])}, got {list(vector.shape)}")
+    return vector

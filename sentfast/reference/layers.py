@@ -1,0 +1,111 @@
+"""The layers between the matrix products: dropout with residual and layer norm, and activation with bias."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sentfast.reference.precision import accumulation_dtype
+from sentfast.reference.random import dropout
+
+# The integer that stands for an activation in an operator's schema is its index here.
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+ACTIVATION_FUNCTIONS = (
+    torch.nn.functional.gelu,
+    lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    torch.relu,
+    torch.nn.functional.silu,
+)
+
+
+def dropout_add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = (sum - mean) / sqrt(var + eps) * weight + bias with sum = dropout(x) + residual; y, sum, mean, 1 / sqrt."""
+    dtype = x.dtype if residual is None else residual.dtype
+    acc = accumulation_dtype(torch.promote_types(x.dtype, dtype))
+    total = dropout(x.to(acc), dropout_p, seed, stream)
+    if residual is not None:
+        total = total + residual.to(acc)
+    total = total.to(dtype)
+    values = total.to(acc)
+    mean = values.mean(dim=-1)
+    rstd = ((values - mean.unsqueeze(-1)).square().mean(dim=-1) + eps).rsqrt()
+    y = (values - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * weight.to(acc)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(dtype), total, mean, rstd
+
+
+def dropout_add_layer_norm_backward(
+    grad: Tensor,
+    sum: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    like: Tensor,
+    dropout_p: float,
+    seed: int,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, x, weight and bias; that of x is empty where it is that of the residual.
+
+    like: a tensor in the dtype of x.
+    """
+    acc = mean.dtype
+    g, scale = grad.to(acc), rstd.unsqueeze(-1)
+    z = (sum.to(acc) - mean.unsqueeze(-1)) * scale
+    along = g * weight.to(acc)
+    grad_sum = (along - along.mean(dim=-1, keepdim=True) - z * (along * z).mean(dim=-1, keepdim=True)) * scale
+    same = dropout_p == 0.0 and like.dtype == grad.dtype
+    grad_x = like.new_empty(0) if same else dropout(grad_sum, dropout_p, seed, stream).to(like.dtype)
+    rows = tuple(range(grad.ndim - 1))
+    if not rows:
+        return grad_sum.to(grad.dtype), grad_x, (g * z).clone(), g.clone()
+    return grad_sum.to(grad.dtype), grad_x, (g * z).sum(dim=rows), g.sum(dim=rows)
+
+
+def bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    """activation(x + bias)."""
+    return ACTIVATION_FUNCTIONS[activation](_shifted(x, bias)).to(x.dtype).contiguous()
+
+
+def bias_activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, activation: int) -> tuple[Tensor, Tensor]:
+    """Gradients of x and bias; that of the bias is empty where there is none."""
+    z = _shifted(x, bias)
+    grad_z = grad.to(z.dtype) * _derivative(z, activation)
+    rows = tuple(range(grad.ndim - 1))
+    if bias is None:
+        grad_bias = grad_z.new_empty(0)
+    else:
+        grad_bias = grad_z.sum(dim=rows) if rows else grad_z.clone()
+    return grad_z.to(x.dtype).contiguous(), grad_bias
+
+
+def _shifted(x: Tensor, bias: Tensor | None) -> Tensor:
+    z = x.to(accumulation_dtype(x.dtype))
+    return z if bias is None else z + bias.to(z.dtype)
+
+
+def _derivative(x: Tensor, activation: int) -> Tensor:
+    name = ACTIVATIONS[activation]
+    if name == "gelu":
+        density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
+    if name == "gelu_tanh":
+        root, cube = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(root * (x + cube * x**3))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * cube * x * x)
+    if name == "relu":
+        return torch.where(x <= 0, 0.0, 1.0)
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
