@@ -37,7 +37,7 @@ REASONS = {
     "SF119": "model that runs outside PyTorch (ONNX, OpenVINO)",
     "SF120": "hooks on modules inside the encoder",
     "SF121": "attentions, hidden states or another form of the outputs asked for",
-    "SF122": "gradient needed, or dropout in training mode",
+    "SF122": "dropout active in a part of the model",
     "SF123": "model type that the encoder does not cover",
     "SF124": "attention implementation other than eager or sdpa",
     "SF125": "configuration that the encoder does not cover",

@@ -125,7 +125,9 @@ def pairwise_calls(metric: str) -> Callable[[torch.dtype, str, bool], Iterator[C
 def attention_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
     """Lengths around the panels of 64 keys, and empty; sizes and options take turns."""
     lengths = [(3, 0, 5), (9,)] if small else [(1,), (5, 0, 17, 33), (64, 7), (130, 65), (3, 3, 3, 3)]
-    sizes = itertools.cycle([(2, 5), (1, 16)] if small else [(1, 8), (3, 32), (2, 64), (1, 20), (2, 5), (1, 32), (2, 16)])
+    sizes = itertools.cycle(
+        [(2, 5), (1, 16)] if small else [(1, 8), (3, 32), (2, 64), (1, 20), (2, 5), (1, 32), (2, 16)]
+    )
     options: list[dict[str, Any]] = [
         {},
         {"dropout_p": 0.3},

@@ -137,10 +137,10 @@ def stock(made: Any, *args: Any, **kwargs: Any) -> Any:
 
 def run(encoder: Encoder, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-    packed = pack_padded(encoder, *(inputs.get(name) for name in names))
+    packed = pack_padded(encoder.tables, *(inputs.get(name) for name in names))
     assert not isinstance(packed, str), packed
-    ids, ends, types, positions = packed.arguments
-    return encoder.run(ids, ends, token_type_ids=types, position_ids=positions, **options)
+    given = {"token_type_ids": packed.token_type_ids, "position_ids": packed.position_ids}
+    return encoder.run(packed.input_ids, packed.cu_seqlens, **given, **options)
 
 
 def check(made: Any, inputs: dict[str, Tensor]) -> tuple[Encoder, Tensor]:

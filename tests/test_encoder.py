@@ -34,7 +34,7 @@ def test_architecture(model_type, hidden, heads):
     assert result.shape == (sum(LENGTHS), hidden)
     check(model, encoders.batch([5]))
     # Position tables of this family begin after the padding token.
-    assert encoder.max_length == (64 if encoder.padding_idx is not None else 66)
+    assert encoder.max_length == (64 if encoder.tables.padding_idx is not None else 66)
 
 
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
@@ -108,7 +108,7 @@ def test_padding_token_inside_a_text_is_no_position(model_type):
     assert plain.padding_idx == encoders.PADDING
     check(model, inputs)
     # The same ids with a padding token that is one like any other give another result.
-    packed = pack_padded(plain, inputs["input_ids"], inputs["attention_mask"])
+    packed = pack_padded(plain.tables, inputs["input_ids"], inputs["attention_mask"])
     counted = plain.run(packed.input_ids, packed.cu_seqlens)
     plain.padding_idx = None
     assert (plain.run(packed.input_ids, packed.cu_seqlens) - counted).abs().max() > 1e-3
@@ -181,7 +181,7 @@ def test_results_by_layout_and_mode():
 def test_pooled_is_the_pooled_token_embeddings():
     model, inputs = encoders.model("mpnet"), encoders.batch(LENGTHS)
     encoder = encoder_of(model)
-    packed = pack_padded(encoder, inputs["input_ids"], inputs["attention_mask"])
+    packed = pack_padded(encoder.tables, inputs["input_ids"], inputs["attention_mask"])
     exact = encoders.exact(model, inputs)
     eager = model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
     for i, mode in enumerate(reference.POOLING_MODES):
@@ -285,7 +285,7 @@ BAD_PADDED = {
 def test_batches_for_the_original(case):
     options, code = BAD_PADDED[case]
     encoder = encoder_of(encoders.model("bert"))
-    assert pack_padded(encoder, **{"input_ids": torch.ones(2, 3, dtype=torch.long), **options}) == code
+    assert pack_padded(encoder.tables, **{"input_ids": torch.ones(2, 3, dtype=torch.long), **options}) == code
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.float32, torch.float16])

@@ -367,8 +367,11 @@ def test_errors_are_those_of_the_original():
 
 def test_autocast():
     model, inputs = sentfast.accelerate(encoders.model("bert")), encoders.batch(LENGTHS)
-    with ran("BertModel.forward", "SF116"), torch.autocast("cpu", torch.bfloat16):
+    with ran("BertModel.forward", "SF116"), torch.autocast("cpu", torch.float16):
         model(**inputs)
+    with ran(), torch.autocast("cpu", torch.bfloat16):
+        result = model(**inputs)
+    assert result.last_hidden_state.dtype == torch.float32
 
 
 def test_tracing_and_transforms():

@@ -164,16 +164,13 @@ Tensor sum_of_parts(const std::vector<float>& parts, int64_t heads, int64_t colu
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
-                                                     const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                     const Tensor& v, const Tensor&, const Tensor&,
                                                      const Tensor& cu_seqlens, int64_t,
                                                      const std::optional<Tensor>& bias, double scale, int64_t left,
                                                      int64_t right, double dropout_p, int64_t seed, int64_t stream) {
   Operands o(q, k, v, cu_seqlens, bias, scale, left, right, dropout_p, seed, stream);
   const int64_t tokens = o.sequences.tokens, heads = o.p.heads, head_dim = o.p.head_dim, hidden = heads * head_dim;
-  STD_TORCH_CHECK(lse.is_cpu() && lse.scalar_type() == ScalarType::Float && lse.numel() == heads * tokens,
-                  "lse: expected float32 [heads, T]");
   const HeadRows gradient(checked(grad, q, "grad"));
-  const Tensor result = torch::stable::contiguous(HeadRows(checked(out, q, "out")).tensor), sums = torch::stable::contiguous(lse);
   const ScalarType dtype = o.q.tensor.scalar_type();
   Tensor grad_qkv = new_tensor({tokens, 3, heads, head_dim}, dtype);
   auto* data = static_cast<char*>(grad_qkv.mutable_data_ptr());
@@ -185,8 +182,6 @@ std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const T
 
   AttentionBackward p = {};
   p.forward = o.p;
-  p.forward.out = const_cast<void*>(result.const_data_ptr());
-  p.forward.lse = const_cast<float*>(static_cast<const float*>(sums.const_data_ptr()));
   p.grad = gradient.get();
   p.grad_q = data;
   p.grad_k = data + bytes;

@@ -1,7 +1,7 @@
-// The gradient of attention, one head of one sequence at a time. The softmax is computed again from the scores and
-// their log-sum-exp, for a block of queries at a time; all products run in float32.
+// The gradient of attention, one head of one sequence at a time. The softmax is made again from the scores, for a block
+// of queries at a time; all products run in float32.
 //
-// With P = softmax(S), D = dropout(P) and delta = <grad, out> of each query:
+// With P = softmax(S), D = dropout(P) and delta = sum(P grad_p) of each query:
 // grad_v = D^T grad, grad_p = dropout(grad v^T), grad_s = P (grad_p - delta), grad_q = grad_s k, grad_k = grad_s^T q.
 
 namespace attention_backward {
@@ -43,11 +43,11 @@ inline int64_t panel_width(int64_t count) { return count > kPanel / 2 ? kPanel :
 // Scratch of one task, cut into its parts; rows are `width` floats.
 struct Work {
   int64_t padded, width, row_stride;
-  float *keys, *values;                           // panels of 64 keys
-  float *q, *k, *grad, *grad_k, *grad_v;          // a row per token
-  float *weights, *scores;                        // of a block of queries, first S and grad v^T, then D and grad_s
-  float *weights_turned, *scores_turned;          // a row of queries per key
-  float *grad_q, *delta;
+  float *keys, *values;                   // panels of 64 keys
+  float *q, *k, *grad, *grad_k, *grad_v;  // a row per token
+  float *weights, *scores, *dropped;      // of a block of queries: S, then P; grad v^T, then grad_s; D
+  float *weights_turned, *scores_turned;  // a row of queries per key
+  float* grad_q;
 
   Work(int64_t length, int64_t head_dim, void* memory) {
     padded = (length + kPanel - 1) / kPanel * kPanel;
@@ -68,10 +68,10 @@ struct Work {
     grad_v = take(padded * width);
     weights = take(kBackwardQueries * row_stride);
     scores = take(kBackwardQueries * row_stride);
+    dropped = take(kBackwardQueries * row_stride);
     weights_turned = take(padded * kPanel);
     scores_turned = take(padded * kPanel);
     grad_q = take(kBackwardQueries * width);
-    delta = take(padded);
   }
 };
 
@@ -95,9 +95,8 @@ void narrow(const float* from, int64_t width, float scale, const AttentionBackwa
   const Vec factor = Vec::fill(scale);
   for (int64_t i = 0; i < rows; ++i) {
     T* row = static_cast<T*>(to) + (t.begin + begin + i) * p.grad_stride + t.head * head_dim;
-    each_vector(head_dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-      store(load(from + i * width + d, k) * factor, row + d, k);
-    });
+    each_vector(head_dim,
+                [&](int64_t d, auto k) SENTFAST_INLINE { store(load(from + i * width + d, k) * factor, row + d, k); });
   }
 }
 
@@ -115,11 +114,7 @@ void prepare(const AttentionBackward& p, const Task& t, const Work& w) {
   const Attention& f = p.forward;
   widen<T>(f.v, t, f.head_dim, w.width, w.grad_v);  // until it is turned
   turn_rows(w.grad_v, t.length, f.head_dim, w.width, w.values);
-  widen<T>({f.out, f.heads * f.head_dim}, t, f.head_dim, w.width, w.grad_v);
   widen<T>(p.grad, t, f.head_dim, w.width, w.grad);
-  for (int64_t i = 0; i < t.length; ++i) {
-    w.delta[i] = rows::dot(w.grad + i * w.width, w.grad_v + i * w.width, f.head_dim);
-  }
   widen<T>(f.q, t, f.head_dim, w.width, w.q);
   widen<T>(f.k, t, f.head_dim, w.width, w.k);
   turn_rows(w.k, t.length, f.head_dim, w.width, w.keys);
@@ -127,40 +122,64 @@ void prepare(const AttentionBackward& p, const Task& t, const Work& w) {
   fill(w.grad_v, t.length * w.width, 0.0f);
 }
 
-// The scores and grad v^T of one query become D and grad_s, for keys [first, last); first: a multiple of a panel.
-inline void row(const AttentionBackward& p, const Task& t, int64_t query, int64_t first, int64_t last, float delta,
-                float* grad_bias, float* weights, float* scores) {
-  const Attention& f = p.forward;
-  const attention::Span keys = attention::seen(f, query, t.length);
-  const int64_t place = f.bias_reach - 1 - query;  // of key 0 in a head's biases
-  const float* bias = f.bias != nullptr ? f.bias + t.head * (2 * f.bias_reach - 1) + place : nullptr;
-  for (int64_t d = first; d < keys.begin; ++d) weights[d] = scores[d] = 0.0f;
-  for (int64_t d = keys.end; d < last; ++d) weights[d] = scores[d] = 0.0f;
-  const Vec scale = Vec::fill(f.scale), log2e = Vec::fill(math::kLog2E);
-  const Vec lse = Vec::fill(f.lse[t.head * f.lse_stride + t.begin + query]);
+// One query's rows of a block, for keys [first, last); first: a multiple of a panel.
+struct Row {
+  float *weights, *scores, *dropped;
+  int64_t first, last;
+};
+
+// S becomes P.
+inline void weigh(const Attention& p, const Task& t, int64_t query, const Row& r) {
+  const attention::Span keys = attention::seen(p, query, t.length);
+  const int64_t biases = 2 * p.bias_reach - 1;
+  const float* bias = p.bias != nullptr ? p.bias + t.head * biases + p.bias_reach - 1 - query : nullptr;
+  const Vec scale = Vec::fill(p.scale);
   each_vector(keys.end - keys.begin, [&](int64_t d, auto k) SENTFAST_INLINE {
     const int64_t key = keys.begin + d;
-    Vec x = load(weights + key, k) * scale;
-    if (bias != nullptr) x = x + load(bias + key, k);
-    store(math::exp2<true>((x - lse) * log2e), weights + key, k);
+    const Vec x = load(r.weights + key, k) * scale;
+    store(bias != nullptr ? x + load(bias + key, k) : x, r.weights + key, k);
   });
-  const bool drops = f.dropout.threshold != 0;
-  const Vec kept = Vec::fill(drops ? f.dropout.scale : 1.0f), shift = Vec::fill(delta);
-  for (int64_t panel = first; panel < last; panel += dropout::kBlock) {
+  const attention::Softmax found = attention::softmax(r.weights, r.weights, r.first, keys.begin, keys.end, r.last);
+  const Vec inverse = Vec::fill(1.0f / found.sum);
+  each_vector(keys.end - keys.begin, [&](int64_t d, auto k) SENTFAST_INLINE {
+    store(load(r.weights + keys.begin + d, k) * inverse, r.weights + keys.begin + d, k);
+  });
+  // Other keys' values may be inf or NaN.
+  for (int64_t d = r.first; d < keys.begin; ++d) r.scores[d] = 0.0f;
+  for (int64_t d = keys.end; d < r.last; ++d) r.scores[d] = 0.0f;
+}
+
+// grad v^T becomes grad_p, and D is made of P.
+inline void drop(const Dropout& p, const Task& t, int64_t query, const Row& r) {
+  const Vec scale = Vec::fill(p.scale);
+  for (int64_t panel = r.first; panel < r.last; panel += dropout::kBlock) {
     Vec::Mask masks[dropout::kMasks];
-    if (drops) dropout::keep(f.dropout, t.begin + query, t.head, panel, masks);
-    each_vector(last - panel < dropout::kBlock ? last - panel : dropout::kBlock, [&](int64_t d, auto k) SENTFAST_INLINE {
-      Vec weight = load(weights + panel + d, k), grad = load(scores + panel + d, k) * kept;
-      if (drops) grad = Vec::select(masks[d / Vec::lanes], grad, Vec::zero());
-      store(weight * (grad - shift), scores + panel + d, k);
-      if (drops) store(Vec::select(masks[d / Vec::lanes], weight, Vec::zero()), weights + panel + d, k);
+    dropout::keep(p, t.begin + query, t.head, panel, masks);
+    const int64_t left = r.last - panel;
+    each_vector(left < dropout::kBlock ? left : dropout::kBlock, [&](int64_t d, auto k) SENTFAST_INLINE {
+      const Vec::Mask mask = masks[d / Vec::lanes];
+      const int64_t key = panel + d;
+      store(Vec::select(mask, load(r.scores + key, k) * scale, Vec::zero()), r.scores + key, k);
+      store(Vec::select(mask, load(r.weights + key, k), Vec::zero()), r.dropped + key, k);
     });
   }
-  if (grad_bias == nullptr) return;
-  float* sums = grad_bias + t.head * (2 * f.bias_reach - 1) + place;
-  each_vector(keys.end - keys.begin, [&](int64_t d, auto k) SENTFAST_INLINE {
-    const int64_t key = keys.begin + d;
-    store(load(sums + key, k) + load(scores + key, k), sums + key, k);
+}
+
+// grad_p becomes grad_s, which adds to the gradient of the biases.
+inline void differentiate(const Attention& p, const Task& t, int64_t query, const Row& r, float* grad_bias) {
+  const int64_t keys = r.last - r.first;
+  Vec total = Vec::zero();
+  each_vector(keys, [&](int64_t d, auto k) SENTFAST_INLINE {
+    total = Vec::fma(only(load(r.weights + r.first + d, k), k), only(load(r.scores + r.first + d, k), k), total);
+  });
+  const Vec delta = Vec::fill(total.sum());
+  const int64_t biases = 2 * p.bias_reach - 1;
+  float* sums = grad_bias != nullptr ? grad_bias + t.head * biases + p.bias_reach - 1 - query : nullptr;
+  each_vector(keys, [&](int64_t d, auto k) SENTFAST_INLINE {
+    const int64_t key = r.first + d;
+    const Vec grad = load(r.weights + key, k) * (load(r.scores + key, k) - delta);
+    store(grad, r.scores + key, k);
+    if (sums != nullptr) store(load(sums + key, k) + grad, sums + key, k);
   });
 }
 
@@ -177,15 +196,19 @@ void block(const AttentionBackward& p, const Task& t, const Work& w, int64_t beg
     product<false>(count, f.head_dim, width, q, w.width, w.keys + at, kPanel, w.weights + panel, w.row_stride);
     product<false>(count, f.head_dim, width, grad, w.width, w.values + at, kPanel, w.scores + panel, w.row_stride);
   }
+  const bool drops = f.dropout.threshold != 0;
   for (int64_t i = 0; i < count; ++i) {
-    row(p, t, begin + i, first, last, w.delta[begin + i], grad_bias, w.weights + i * w.row_stride,
-        w.scores + i * w.row_stride);
+    const int64_t at = i * w.row_stride;
+    const Row r = {w.weights + at, w.scores + at, w.dropped + at, first, last};
+    weigh(f, t, begin + i, r);
+    if (drops) drop(f.dropout, t, begin + i, r);
+    differentiate(f, t, begin + i, r, grad_bias);
   }
   const auto turn = [&](const float* from, float* to) {
     gemm::turn(reinterpret_cast<const Word*>(from + first), w.row_stride, count, keys, round_up(count),
                reinterpret_cast<Word*>(to));
   };
-  turn(w.weights, w.weights_turned);
+  turn(drops ? w.dropped : w.weights, w.weights_turned);
   product<true>(keys, count, w.width, w.weights_turned, kPanel, grad, w.width, w.grad_v + first * w.width, w.width);
   turn(w.scores, w.scores_turned);
   product<true>(keys, count, w.width, w.scores_turned, kPanel, q, w.width, w.grad_k + first * w.width, w.width);

@@ -67,9 +67,8 @@ void dropout(const DropoutRows& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(p.x.data) + i * p.x.stride;
     T* y = static_cast<T*>(p.y) + i * p.dim;
-    each_kept(p.dropout, i, p.dim, [&](int64_t d, auto k, auto kept) SENTFAST_INLINE {
-      store(kept(load(x + d, k)), y + d, k);
-    });
+    each_kept(p.dropout, i, p.dim,
+              [&](int64_t d, auto k, auto kept) SENTFAST_INLINE { store(kept(load(x + d, k)), y + d, k); });
   }
 }
 

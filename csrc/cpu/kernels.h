@@ -212,8 +212,8 @@ static inline int64_t attention_scratch(int64_t length, int64_t head_dim) {
 
 // A task is one head of the sequences [sequence_begin, sequence_end) of one part of the batch.
 struct AttentionBackward {
-  Attention forward;  // out and lse are read
-  Rows grad;          // of out
+  Attention forward;               // out and lse are not read: the softmax is made again
+  Rows grad;                       // of out
   void *grad_q, *grad_k, *grad_v;  // rows of heads * head_dim
   int64_t grad_stride;
   const int64_t* parts;  // where each part of the batch starts, and its sequences' number
@@ -225,8 +225,8 @@ constexpr int64_t kBackwardQueries = 64;
 
 static inline int64_t attention_backward_scratch(int64_t length, int64_t head_dim) {
   const int64_t keys = (length + kPanel - 1) / kPanel * kPanel, width = (head_dim + 15) / 16 * 16;
-  const int64_t tokens = keys * (2 * head_dim + 5 * width + 2 * kPanel + 1);
-  return (tokens + kBackwardQueries * (2 * (keys + 16) + width)) * 4 + 64;
+  const int64_t tokens = keys * (2 * head_dim + 5 * width + 2 * kPanel);
+  return (tokens + kBackwardQueries * (3 * (keys + 16) + width)) * 4 + 64;
 }
 
 // Adds a residual and normalises: sum = y + residual; sum_out = sum; normed = (sum - mean) / sqrt(var + eps) * weight +
@@ -282,7 +282,7 @@ struct DropoutRows {
 // sum = dropout(x) + residual; y = (sum - mean) * rstd * weight + bias.
 struct DropoutAddLayerNorm {
   int64_t dim;
-  Rows x, residual;           // residual.data may be nullptr
+  Rows x, residual;            // residual.data may be nullptr
   const float *weight, *bias;  // bias may be nullptr
   float eps;
   Dropout dropout;

@@ -18,8 +18,8 @@ struct Floats {
 
   Floats(const std::optional<Tensor>& x, int64_t count, const char* name) {
     if (!x.has_value()) return;
-    STD_TORCH_CHECK(x->is_cpu() && x->numel() == count && x->scalar_type() == ScalarType::Float, name,
-                    ": expected ", count, " float32 numbers on the CPU");
+    STD_TORCH_CHECK(x->is_cpu() && x->numel() == count && x->scalar_type() == ScalarType::Float, name, ": expected ",
+                    count, " float32 numbers on the CPU");
     tensor = torch::stable::contiguous(*x);
     data = static_cast<const float*>(tensor.const_data_ptr());
   }

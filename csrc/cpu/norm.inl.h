@@ -6,8 +6,8 @@ namespace norm {
 template <class X, class R>
 void forward_row(const DropoutAddLayerNorm& p, int64_t row) {
   const X* x = static_cast<const X*>(p.x.data) + row * p.x.stride;
-  const R* residual = p.residual.data != nullptr ? static_cast<const R*>(p.residual.data) + row * p.residual.stride
-                                                 : nullptr;
+  const R* residual =
+      p.residual.data != nullptr ? static_cast<const R*>(p.residual.data) + row * p.residual.stride : nullptr;
   R* sum = static_cast<R*>(p.sum) + row * p.dim;
   Vec total = Vec::zero(), squares = Vec::zero();
   dropout::each_kept(p.dropout, row, p.dim, [&](int64_t d, auto k, auto kept) SENTFAST_INLINE {

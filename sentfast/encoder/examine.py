@@ -316,7 +316,9 @@ def _dropouts(architecture: Architecture, layer: nn.Module) -> Dropouts:
         return attrgetter(path)(layer) if path else None
 
     a = architecture
-    return Dropouts(of(a.attention), *map(of, (a.attention_dropout, a.output_dropout, a.gate_dropout)), of(a.feed_forward_dropout))
+    return Dropouts(
+        of(a.attention), *map(of, (a.attention_dropout, a.output_dropout, a.gate_dropout)), of(a.feed_forward_dropout)
+    )
 
 
 def _activation_name(function: Any) -> str:

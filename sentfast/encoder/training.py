@@ -6,12 +6,12 @@ optimisers, frozen parameters, their hooks, DistributedDataParallel, autocast. W
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
-from torch.utils.checkpoint import checkpoint
 
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.attention import varlen_attention_qkvpacked
@@ -53,16 +53,15 @@ def token_embeddings(
     batch = _Batch(parts, cu_seqlens, longest, seed, _bias(parts, longest), _angles(parts, position_ids))
     x = _embed(parts, input_ids, token_type_ids, position_ids, seed)
     for i, layer in enumerate(parts.layers):
+        step = functools.partial(_layer, batch, i)
         if getattr(layer.module, "gradient_checkpointing", False) and layer.module.training:
-            x = checkpoint(_layer, batch, i, x, use_reentrant=False, preserve_rng_state=False)
+            x = layer.module._gradient_checkpointing_func(step, x)  # as transformers was told to checkpoint
         else:
-            x = _layer(batch, i, x)
+            x = step(x)
     return _norm(parts.final_norm, x)
 
 
-def _embed(
-    parts: Parts, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: int
-) -> Tensor:
+def _embed(parts: Parts, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: int) -> Tensor:
     x = _look_up(parts.words, input_ids)
     if parts.token_types is not None:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids

@@ -181,16 +181,19 @@ def _attend(
     heads: int,
 ) -> Tensor:
     checks.packed("cu_seqlens", cu_seqlens, "q", q)
-    longest = _longest(cu_seqlens, max_seqlen)
+    longest = _longest(cu_seqlens, max_seqlen, q.shape[0])
     if bias is not None:
-        bias = _check_bias(bias, q, heads, longest)
+        bias = _check_bias(bias, q, heads, longest if checks.values_readable(cu_seqlens) else 1)
     if checks.needs_function(q, k) or any(x is not None and checks.needs_function(x) for x in (v, bias)):
         return _VarlenAttention.apply(q, k, v, cu_seqlens, longest, bias, options)
     parts = q.unbind(1) if k is None else (q, k, v)
     return _varlen_attention(*parts, cu_seqlens, longest, bias, *options)
 
 
-def _longest(cu_seqlens: Tensor, max_seqlen: int | None) -> int:
+def _longest(cu_seqlens: Tensor, max_seqlen: int | None, total: int) -> int:
+    """Length of the longest sequence or, where its value cannot be read, a bound of it."""
+    if torch.compiler.is_compiling():
+        return total if max_seqlen is None else max_seqlen
     if max_seqlen is not None and not checks.values_readable(cu_seqlens):
         return max_seqlen
     longest = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0

@@ -1,0 +1,266 @@
+"""The packed encoder with gradients: every architecture against transformers, dropout, checkpoints, autocast."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import encoders
+import pytest
+import torch
+from accuracy import assert_accurate
+from torch import Tensor, nn
+
+import sentfast
+from sentfast import native
+
+pytestmark = pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
+
+LENGTHS = [9, 3, 1, 17, 6]
+FORWARD = {"varlen_attention", "dropout_add_layer_norm", "bias_activation"}
+BACKWARD = {f"{name}_backward" for name in FORWARD}
+RATES = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
+    *("embedding_dropout", "mlp_dropout"),
+)
+Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def surroundings() -> Iterator[None]:
+    with encoders.surroundings(), torch.enable_grad():
+        yield
+
+
+def trained(model_type: str, *size: int, p: float = 0.0, **options: Any) -> nn.Module:
+    """In training mode, accelerated, with probability p in every dropout of the architecture."""
+    known = vars(encoders.config(model_type))
+    rates = {name: p for name in RATES if name in known}
+    return sentfast.accelerate(encoders.model(model_type, *size, **rates, **options).train())
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor], weights: Tensor, **options: Any) -> tuple[Tensor, Gradients]:
+    """Token embeddings of the used positions, and the gradients of their weighted sum."""
+    model.zero_grad()
+    hidden = model(**inputs, **options).last_hidden_state
+    used = hidden[inputs["attention_mask"].bool()]
+    (used.double() * weights).sum().backward()
+    return used.detach(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+
+def exact_gradients(model: nn.Module, inputs: dict[str, Tensor], weights: Tensor) -> tuple[Tensor, Gradients]:
+    """In float64, each row by itself: there, masks of padding may overflow."""
+    double = copy.deepcopy(model).double()
+    rows = []
+    for i, length in enumerate(inputs["attention_mask"].sum(dim=1)):
+        row = {name: x[i : i + 1, :length] for name, x in inputs.items() if name != "attention_mask"}
+        rows.append(double(**row)[0][0])
+    hidden = torch.cat(rows)
+    (hidden * weights).sum().backward()
+    return hidden.detach(), {name: x.grad for name, x in double.named_parameters() if x.grad is not None}
+
+
+@contextlib.contextmanager
+def packed() -> Iterator[None]:
+    """The block runs the packed operators forward and backward, and nothing falls back."""
+    sentfast.report(reset=True)
+    yield
+    report = sentfast.report()
+    ran = {operator for operator, backend in report.calls if backend == "cpu"}
+    assert ran >= FORWARD | BACKWARD and not report.fallbacks, str(report)
+
+
+def assert_gradients(result: Gradients, eager: Gradients, exact: Gradients) -> None:
+    """Each by the rule; what a gradient was made of is as large as the largest one of all."""
+    assert result.keys() == exact.keys()
+    size = max(x.abs().max().item() for x in exact.values())
+    for name, gradient in result.items():
+        assert_accurate(gradient, eager[name], exact[name], size=size, what=name)
+
+
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_gradients(model_type: str) -> None:
+    size = encoders.SIZES[int(torch.randint(len(encoders.SIZES), ()))]
+    model, inputs = trained(model_type, *size), encoders.batch(LENGTHS)
+    if model_type in encoders.WITH_TOKEN_TYPES:
+        inputs["token_type_ids"] = torch.randint(0, 2, inputs["input_ids"].shape)
+    weights = torch.randn(sum(LENGTHS), size[0])
+    with packed():
+        result, got = gradients(model, inputs, weights)
+    with sentfast.disabled():
+        eager, plain = gradients(model, inputs, weights)
+        exact, true = exact_gradients(model, inputs, weights)
+    assert result.dtype == eager.dtype
+    assert_accurate(result, eager, exact)
+    assert_gradients(got, plain, true)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "electra", "modernbert"])
+def test_autocast(model_type: str) -> None:
+    model, inputs = trained(model_type), encoders.batch(LENGTHS)
+    weights = torch.randn(sum(LENGTHS), 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        with packed():
+            result, got = gradients(model, inputs, weights)
+        with sentfast.disabled():
+            eager, plain = gradients(model, inputs, weights)
+    with sentfast.disabled():
+        exact, true = exact_gradients(model, inputs, weights)
+    assert result.dtype == eager.dtype
+    assert {name: x.dtype for name, x in got.items()} == {name: x.dtype for name, x in plain.items()}
+    bf16 = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
+    assert_accurate(result.float(), eager.float(), exact, size=bf16 * exact.abs().max().item())
+    size = bf16 * max(x.abs().max().item() for x in true.values())
+    for name, gradient in got.items():
+        assert_accurate(gradient, plain[name], true[name], size=size, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_parameters(dtype: torch.dtype) -> None:
+    model, inputs = trained("bert").to(dtype), encoders.batch(LENGTHS)
+    weights = torch.randn(sum(LENGTHS), 32)
+    with packed():
+        result, got = gradients(model, inputs, weights)
+    with sentfast.disabled():
+        eager, plain = gradients(model, inputs, weights)
+        exact, true = exact_gradients(model, inputs, weights)
+    assert result.dtype == eager.dtype == dtype
+    assert_accurate(result, eager, exact)
+    assert_gradients(got, plain, true)
+
+
+def test_outputs_are_those_of_transformers() -> None:
+    model, inputs = trained("bert"), encoders.batch(LENGTHS)
+    result, eager = model(**inputs), encoders.stock(model, **inputs)
+    assert type(result) is type(eager) and result.keys() == eager.keys()
+    assert result.last_hidden_state.shape == eager.last_hidden_state.shape
+    torch.testing.assert_close(result.pooler_output, eager.pooler_output, rtol=1e-4, atol=1e-5)
+    assert (result.last_hidden_state[inputs["attention_mask"] == 0] == 0).all()
+
+
+def checkpoint_layers(model: Any) -> None:
+    new = getattr(model, "activation_checkpointing_enable", None)
+    new() if new else model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert"])
+def test_a_seed_gives_the_same_step_again(model_type: str) -> None:
+    """With the state of PyTorch's generator restored, as cached gradients and checkpoints do; also without a gradient."""
+    model, inputs = trained(model_type, p=0.2), encoders.batch(LENGTHS)
+    weights, state = torch.randn(sum(LENGTHS), 32), torch.get_rng_state()
+    first, expected = gradients(model, inputs, weights)
+    other, _ = gradients(model, inputs, weights)
+    assert not torch.equal(first, other)
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        hidden = model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+    assert torch.equal(first, hidden)
+    torch.set_rng_state(state)
+    again, found = gradients(model, inputs, weights)
+    assert torch.equal(first, again) and all(torch.equal(found[name], x) for name, x in expected.items())
+    if not model.supports_gradient_checkpointing:
+        return
+    checkpoint_layers(model)
+    torch.set_rng_state(state)
+    with packed():
+        again, found = gradients(model, inputs, weights)
+    assert torch.equal(first, again) and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+def test_checkpoints_keep_less() -> None:
+    def kept() -> int:
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+            model(**inputs)
+        return sum(held)
+
+    model, inputs = trained("bert"), encoders.batch([30] * 4)
+    whole = kept()
+    checkpoint_layers(model)
+    assert kept() < whole / 2
+
+
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_every_dropout_drops_as_in_transformers(model_type: str) -> None:
+    """One rate at a time: mean and spread of the token embeddings over many passes."""
+    known = vars(encoders.config(model_type))
+    inputs = encoders.batch([4, 2])
+    for name in (name for name in RATES if name in known):
+        others = {other: 0.0 for other in RATES if other in known and other != name}
+        model = sentfast.accelerate(encoders.model(model_type, **others, **{name: 0.3}).train())
+        used = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            ours = torch.stack([model(**inputs)[0][used] for _ in range(300)]).double()
+            with sentfast.disabled():
+                stock = torch.stack([model(**inputs)[0][used] for _ in range(300)]).double()
+        assert ours.std(dim=0).max() > 0.01, name
+        error = (ours.var(dim=0) / 300 + stock.var(dim=0) / 300).sqrt()
+        assert ((ours.mean(dim=0) - stock.mean(dim=0)).abs() / error).max() < 6, name
+        spread = ours.std(dim=0).mean() / stock.std(dim=0).mean()
+        assert 0.9 < spread < 1.1, f"{name}: {spread}"
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model, inputs = trained("mpnet"), encoders.batch(LENGTHS)
+    for part in (model.embeddings, model.encoder.layer[0]):
+        part.requires_grad_(False)
+    weights = torch.randn(sum(LENGTHS), 32)
+    _, got = gradients(model, inputs, weights)
+    with sentfast.disabled():
+        _, plain = gradients(model, inputs, weights)
+        _, true = exact_gradients(model, inputs, weights)
+    assert not any(name.startswith(("embeddings", "encoder.layer.0")) for name in got)
+    assert_gradients(got, plain, true)
+
+
+def test_steps_of_an_optimiser() -> None:
+    """Weights that change are seen at once, in training and afterwards in evaluation."""
+    ours = trained("bert")
+    stock = copy.deepcopy(ours)
+    inputs, weights = encoders.batch(LENGTHS), torch.randn(sum(LENGTHS), 32)
+    optimisers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (ours, stock)]
+    for _ in range(3):
+        with packed():
+            gradients(ours, inputs, weights)
+        with sentfast.disabled():
+            gradients(stock, inputs, weights)
+        for optimiser in optimisers:
+            optimiser.step()
+    for name, x in ours.named_parameters():
+        torch.testing.assert_close(x, stock.get_parameter(name), rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), encoders.ran():
+        result = ours.eval()(**inputs)[0]
+    used = inputs["attention_mask"].bool()
+    torch.testing.assert_close(result[used], encoders.stock(stock.eval(), **inputs)[0][used], rtol=1e-4, atol=1e-4)
+
+
+def test_the_padding_token_has_no_gradient() -> None:
+    """Also where it stands inside a text."""
+    model, inputs = trained("bert"), encoders.batch([8, 5])
+    inputs["input_ids"][0, 3] = encoders.PADDING
+    gradients(model, inputs, torch.randn(13, 32))
+    assert (model.embeddings.word_embeddings.weight.grad[encoders.PADDING] == 0).all()
+
+
+def test_hooks_of_the_backward_pass_go_to_the_original() -> None:
+    model, inputs = trained("bert"), encoders.batch(LENGTHS)
+    seen = []
+    handle = model.encoder.layer[0].output.dense.register_full_backward_hook(lambda *arguments: seen.append(1))
+    with encoders.ran("BertModel.forward", "SF120"):
+        model(**inputs)[0].sum().backward()
+    assert seen
+    handle.remove()
+    with packed():
+        model(**inputs)[0].sum().backward()
+
+
+def test_the_hook_that_asks_for_gradients_of_the_embeddings_is_no_obstacle() -> None:
+    model, inputs = trained("bert"), encoders.batch(LENGTHS)
+    model.requires_grad_(False)
+    model.encoder.layer[1].requires_grad_(True)
+    model.enable_input_require_grads()
+    with packed():
+        model(**inputs)[0].sum().backward()
+    assert model.encoder.layer[1].output.dense.weight.grad is not None
