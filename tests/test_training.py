@@ -147,7 +147,7 @@ def checkpoint_layers(model: Any) -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert"])
 def test_a_seed_gives_the_same_step_again(model_type: str) -> None:
-    """With the state of PyTorch's generator restored, as cached gradients and checkpoints do; also without a gradient."""
+    """With PyTorch's generator put back, as cached gradients and checkpoints do; also without a gradient."""
     model, inputs = trained(model_type, p=0.2), encoders.batch(LENGTHS)
     weights, state = torch.randn(sum(LENGTHS), 32), torch.get_rng_state()
     first, expected = gradients(model, inputs, weights)

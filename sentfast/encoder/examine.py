@@ -315,9 +315,12 @@ def _dropouts(architecture: Architecture, layer: nn.Module) -> Dropouts:
     def of(path: str) -> Any:
         return attrgetter(path)(layer) if path else None
 
-    a = architecture
     return Dropouts(
-        of(a.attention), *map(of, (a.attention_dropout, a.output_dropout, a.gate_dropout)), of(a.feed_forward_dropout)
+        attention_module=of(architecture.attention),
+        attention=of(architecture.attention_dropout),
+        output=of(architecture.output_dropout),
+        gate=of(architecture.gate_dropout),
+        feed_forward=of(architecture.feed_forward_dropout),
     )
 
 

@@ -34,10 +34,7 @@ class Tables(NamedTuple):
     def count_positions(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """int32 [T], the positions that the model gives to the tokens of packed sequences."""
         ids, ends = input_ids.numpy(), cu_seqlens.numpy()
-        if self.padding_idx is None:
-            counts = np.ones(len(ids), dtype=bool)
-        else:
-            counts = ids != self.padding_idx
+        counts = np.ones(len(ids), dtype=bool) if self.padding_idx is None else ids != self.padding_idx
         counted = np.concatenate([[0], np.cumsum(counts)])
         before = np.repeat(counted[ends[:-1]], np.diff(ends))
         return torch.from_numpy(((counted[1:] - before) * counts + self.position_offset - 1).astype(np.int32))

@@ -7,6 +7,7 @@ optimisers, frozen parameters, their hooks, DistributedDataParallel, autocast. W
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ def token_embeddings(
     for i, layer in enumerate(parts.layers):
         step = functools.partial(_layer, batch, i)
         if getattr(layer.module, "gradient_checkpointing", False) and layer.module.training:
-            x = layer.module._gradient_checkpointing_func(step, x)  # as transformers was told to checkpoint
+            run: Callable = vars(layer.module)["_gradient_checkpointing_func"]  # as transformers was told to checkpoint
+            x = run(step, x)
         else:
             x = step(x)
     return _norm(parts.final_norm, x)
@@ -115,8 +117,9 @@ def _add_after(
 ) -> Tensor:
     """The norm of x + dropout(y)."""
     assert norm is not None
-    options = {"dropout_p": rate(dropped), "seed": batch.seed, "stream": stream}
-    return dropout_add_layer_norm(y, x, norm.weight, norm.bias, norm.eps, **options)
+    return dropout_add_layer_norm(
+        y, x, norm.weight, norm.bias, norm.eps, dropout_p=rate(dropped), seed=batch.seed, stream=stream
+    )
 
 
 def _add_before(
@@ -151,8 +154,10 @@ def _side_by_side(layer: LayerParts) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of query, key and value: one product of a larger size runs faster than three."""
     if len(layer.qkv) == 1:
         return layer.qkv[0].weight, layer.qkv[0].bias
-    biases = [x.bias for x in layer.qkv]
-    return torch.cat([x.weight for x in layer.qkv]), None if biases[0] is None else torch.cat(biases)
+    weight = torch.cat(tuple(x.weight for x in layer.qkv))
+    if all(x.bias is None for x in layer.qkv):
+        return weight, None
+    return weight, torch.cat(tuple(weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in layer.qkv))
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

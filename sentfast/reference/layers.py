@@ -68,10 +68,7 @@ def dropout_add_layer_norm_backward(
     grad_sum = (along - along.mean(dim=-1, keepdim=True) - z * (along * z).mean(dim=-1, keepdim=True)) * scale
     same = dropout_p == 0.0 and like.dtype == grad.dtype
     grad_x = like.new_empty(0) if same else dropout(grad_sum, dropout_p, seed, stream).to(like.dtype)
-    rows = tuple(range(grad.ndim - 1))
-    if not rows:
-        return grad_sum.to(grad.dtype), grad_x, (g * z).clone(), g.clone()
-    return grad_sum.to(grad.dtype), grad_x, (g * z).sum(dim=rows), g.sum(dim=rows)
+    return grad_sum.to(grad.dtype), grad_x, _sum_of_rows(g * z), _sum_of_rows(g)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
@@ -83,12 +80,12 @@ def bias_activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, activ
     """Gradients of x and bias; that of the bias is empty where there is none."""
     z = _shifted(x, bias)
     grad_z = grad.to(z.dtype) * _derivative(z, activation)
-    rows = tuple(range(grad.ndim - 1))
-    if bias is None:
-        grad_bias = grad_z.new_empty(0)
-    else:
-        grad_bias = grad_z.sum(dim=rows) if rows else grad_z.clone()
+    grad_bias = grad_z.new_empty(0) if bias is None else _sum_of_rows(grad_z)
     return grad_z.to(x.dtype).contiguous(), grad_bias
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    return x.sum(dim=tuple(range(x.ndim - 1))) if x.ndim > 1 else x.clone()
 
 
 def _shifted(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -185,15 +185,16 @@ struct AttentionCase {
   Attention p = {};
   Buffer<int32_t> cu_seqlens{0};
   Buffer<E> qkv{0}, out{0};
-  Buffer<float> bias{0};
-  int64_t sequences, tokens = 0, longest = 0;
+  Buffer<float> bias{0}, lse{0};
+  int64_t stride, sequences, tokens = 0, longest = 0;
 
   AttentionCase() {
     constexpr int64_t lengths[] = {0, 1, 2, 15, 16, 17, 18, 63, 64, 65, 66, 130};
     constexpr int64_t head_dims[] = {8, 16, 24, 32, 64, 96, 128}, windows[] = {-1, -1, 0, 1, 5, 64};
     p.head_dim = head_dims[integer(0, 6)];
     p.heads = integer(1, std::max<int64_t>(1, 64 / p.head_dim));
-    p.window = windows[integer(0, 5)];
+    p.left = windows[integer(0, 5)];
+    p.right = integer(0, 1) == 0 ? p.left : windows[integer(0, 5)];
     p.first_row_only = integer(0, 3) == 0;
     p.scale = (integer(0, 3) == 0 ? 8.0f : 1.0f) / std::sqrt(static_cast<float>(p.head_dim));
     sequences = integer(1, 4);
@@ -205,11 +206,11 @@ struct AttentionCase {
       cu_seqlens[i + 1] = static_cast<int32_t>(tokens += length);
     }
     const int64_t hidden = p.heads * p.head_dim;
-    p.stride = 3 * hidden + 2 * integer(0, 1);
-    qkv = random<E>(tokens > 0 ? (tokens - 1) * p.stride + 3 * hidden : 0);
+    stride = 3 * hidden + 2 * integer(0, 1);
+    qkv = random<E>(tokens > 0 ? (tokens - 1) * stride + 3 * hidden : 0);
     // A query or key that is NaN makes NaN of the rows that see it.
     if (tokens > 0 && integer(0, 3) == 0) {
-      qkv[integer(0, tokens - 1) * p.stride + integer(0, 2 * hidden - 1)] = narrow<E>(NAN);
+      qkv[integer(0, tokens - 1) * stride + integer(0, 2 * hidden - 1)] = narrow<E>(NAN);
     }
     if (integer(0, 1) == 0) {
       p.bias_reach = std::max<int64_t>(longest, 1);
@@ -219,13 +220,20 @@ struct AttentionCase {
     out = Buffer<E>((p.first_row_only ? sequences : tokens) * hidden);
     fill_with(out, kGuard);
     p.cu_seqlens = cu_seqlens.get();
-    p.qkv = qkv.get();
+    p.q = {qkv.get(), stride};
+    p.k = {qkv.get() + hidden, stride};
+    p.v = {qkv.get() + 2 * hidden, stride};
     p.out = out.get();
+    if (integer(0, 1) == 0) {
+      lse = Buffer<float>(p.heads * tokens);
+      p.lse = lse.get();
+      p.lse_stride = tokens;
+    }
   }
 
   // part: query, key or value.
   double at(int64_t token, int64_t part, int64_t head, int64_t d) const {
-    return widen(qkv[token * p.stride + (part * p.heads + head) * p.head_dim + d]);
+    return widen(qkv[token * stride + (part * p.heads + head) * p.head_dim + d]);
   }
   E* out_row(int64_t sequence, int64_t query) const {
     const int64_t row = p.first_row_only ? sequence : cu_seqlens[sequence] + query;
@@ -237,8 +245,8 @@ template <class E>
 void check_attention_row(const AttentionCase<E>& c, int64_t sequence, int64_t head, int64_t query) {
   const Attention& p = c.p;
   const int64_t start = c.cu_seqlens[sequence], length = c.cu_seqlens[sequence + 1] - start;
-  const int64_t first = p.window < 0 ? 0 : std::max<int64_t>(0, query - p.window);
-  const int64_t last = p.window < 0 ? length : std::min(length, query + p.window + 1);
+  const int64_t first = p.left < 0 ? 0 : std::max<int64_t>(0, query - p.left);
+  const int64_t last = p.right < 0 ? length : std::min(length, query + p.right + 1);
   std::vector<double> weights(static_cast<size_t>(last - first));
   double top = -INFINITY, largest = 0, score_error = 0, total = 0;
   for (int64_t key = first; key < last; ++key) {
@@ -258,6 +266,10 @@ void check_attention_row(const AttentionCase<E>& c, int64_t sequence, int64_t he
   // A relative error of a weight is the absolute one of its score, and the weights' sum has it once more.
   double relative = 2 * (score_error + 6 * kRound * largest) + static_cast<double>(2 * (last - first) + 16) * kRound;
   if (dtype<E>() == Dtype::BFloat16) relative += kRoundBFloat16 + 2 * kBFloat16Function;
+  if (p.lse != nullptr) {
+    within("log-sum-exp", p.lse[head * p.lse_stride + start + query], top + std::log(total),
+           2 * score_error + 16 * kRound * (largest + 1) + relative);
+  }
   const E* out = c.out_row(sequence, query) + head * p.head_dim;
   for (int64_t d = 0; d < p.head_dim; ++d) {
     double want = 0, size = 0;

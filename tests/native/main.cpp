@@ -4,6 +4,7 @@
 #include "layers_test.h"
 #include "pooling_test.h"
 #include "similarity_test.h"
+#include "training_test.h"
 
 namespace {
 
@@ -21,6 +22,10 @@ void test_dtype() {
   check::test_matrix<float, T>(false);
   check::test_embed<T>();
   check::test_narrow<T>();
+  check::test_dropout<T>();
+  check::test_norm<T, T>();
+  check::test_norm<T, float>();
+  check::test_bias_activation<T>();
 }
 
 // E: the element of a linear layer's rows; Out: of its result.
@@ -34,6 +39,7 @@ template <class E>
 void test_compute() {
   test_linear<E, E>();
   check::test_attention<E>();
+  check::test_attention_backward<E>();
   check::test_rotate<E>();
   check::test_gate<E>();
 }
