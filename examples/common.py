@@ -10,6 +10,7 @@ import re
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,13 +141,15 @@ def parse(description: str | None, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--out", type=Path, help="the picture; build/<name of the script>.png without it")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # The trainer asks for pinned memory whether there is a GPU or not.
+    warnings.filterwarnings("ignore", message="'pin_memory'")
     return parser.parse_args()
 
 
 def compare(train: Callable[[Run], None], script: str, options: argparse.Namespace) -> None:
     """Trains twice from the same seed, without and with sentfast; prints both curves and draws them."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     runs = {}
     for name, on in (("stock", False), ("sentfast", True)):
         runs[name] = Run()
@@ -210,11 +213,9 @@ def fit(
     **more: Any,
 ) -> None:
     """So many steps with SentenceTransformerTrainer, which writes nothing and prints nothing."""
-    from datasets import disable_progress_bars
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,

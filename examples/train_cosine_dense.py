@@ -28,9 +28,9 @@ def labelled_pairs() -> list[InputExample]:
     sentences = [first for first, _ in pairs]
     pairs += [(first, draw.choice(sentences)) for first, _ in pairs]
     draw.shuffle(pairs)
-    pairs = pairs[: 2 * HELD_OUT + 64 * BATCH]
-    teacher = common.minilm()
-    left, right = (teacher.encode(list(side), convert_to_tensor=True) for side in zip(*pairs, strict=True))
+    texts = list({text: None for pair in pairs for text in pair})
+    embeddings = dict(zip(texts, common.minilm().encode(texts, convert_to_tensor=True), strict=True))
+    left, right = (torch.stack([embeddings[text] for text in side]) for side in zip(*pairs, strict=True))
     cosines = util.pairwise_cos_sim(left, right).tolist()
     return [InputExample(texts=list(pair), label=cosine) for pair, cosine in zip(pairs, cosines, strict=True)]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import common
 from datasets import Dataset
-from sentence_transformers import BatchSamplers
 from sentence_transformers.sentence_transformer import losses
 
 BATCH, MAX_SEQ_LENGTH = 128, 16
@@ -21,8 +20,8 @@ def main() -> None:
     def train(run: common.Run) -> None:
         model = common.minilm(MAX_SEQ_LENGTH)
         loss = run.watch(losses.MultipleNegativesRankingLoss(model))
-        sampler = BatchSamplers.NO_DUPLICATES
-        common.fit(model, train_dataset, loss, options.steps, BATCH, learning_rate=2e-5, batch_sampler=sampler)
+        sampler = {"batch_sampler": "no_duplicates"}
+        common.fit(model, train_dataset, loss, options.steps, BATCH, learning_rate=2e-5, **sampler)
 
     common.compare(train, __file__, options)
 

@@ -39,7 +39,7 @@ def main() -> None:
     embeddings = common.minilm().encode(sentences, convert_to_tensor=True)
     shipped = len(common.shipped_sentences())
     held_out, target = sentences[:shipped], embeddings[:shipped]
-    dataset = Dataset.from_dict({"sentence": sentences[shipped:], "label": embeddings[shipped:].tolist()})
+    columns = {"sentence": sentences[shipped:], "label": embeddings[shipped:].tolist()}
 
     def train(run: common.Run) -> None:
         dense = modules.Dense(128, embeddings.shape[1], activation_function=nn.Identity())
@@ -50,7 +50,7 @@ def main() -> None:
         }
         common.fit(
             model,
-            dict.fromkeys(both, dataset),
+            {name: Dataset.from_dict(columns) for name in both},
             both,
             options.steps,
             BATCH,
