@@ -36,8 +36,9 @@ class SimilarityMSELoss(nn.Module):
 def main() -> None:
     options = common.parse(__doc__, steps=120)
     sentences = [*common.shipped_sentences(), *(first for first, _ in common.neighbours())]
-    embeddings = common.minilm().encode(sentences, convert_to_tensor=True)
     shipped = len(common.shipped_sentences())
+    sentences = sentences[: shipped + options.steps * BATCH]
+    embeddings = common.minilm().encode(sentences, convert_to_tensor=True)
     held_out, target = sentences[:shipped], embeddings[:shipped]
     columns = {"sentence": sentences[shipped:], "label": embeddings[shipped:].tolist()}
 
