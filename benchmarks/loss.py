@@ -277,6 +277,7 @@ def finish(row: dict[str, Any], limits: dict[str, float | None]) -> None:
         words = f"extra memory at most {case.memory_share:.0%} of sentence-transformers'"
         targets["memory"] = judged(words, case.memory_share, got, "%", at_most=True)
     row["targets"] = targets
+    row["note"] = "" if row["operator"] else "the operator did not run"
 
 
 if __name__ == "__main__":

@@ -95,5 +95,6 @@ def describe(name: str, row: dict[str, Any]) -> str:
     for target, judged in row["targets"].items():
         if judged["got"] is not None:
             parts.append(f"{target} {judged['got']:.4g}")
+    parts += [row["note"]] if row.get("note") else []
     missed = [target for target, judged in row["targets"].items() if judged["met"] is False]
     return "  ".join(parts) + (f"  MISSED: {', '.join(missed)}" if missed else "")

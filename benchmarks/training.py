@@ -18,6 +18,7 @@ import study
 from encode_models import MODELS, base_of, flops
 from study import OURS, OURS_BF16, STOCK, STOCK_BF16, Settings, judged, switched
 from timing import ratio, spread
+from training_report import original_code
 from training_step import Batch, Learner, Task, batches_of, distance, lengths_of, tasks_of, without_dropout
 
 TABLE = "training"
@@ -179,6 +180,9 @@ def finish(row: dict[str, Any], limits: dict[str, float | None]) -> None:
     for name, taken in row["seconds"].items():
         peak = limits[f"peak_{row['dtypes'][name]}"]
         row["fractions"][name] = row["flops"] / taken["median"] / peak if peak else None
+    row["note"] = ", ".join(f"{name} {found['median']:.2f}x" for name, found in row["ratios"].items())
+    original = {name: original_code(ran) for name, ran in row["ran"].items()}
+    row["note"] += "".join(f"; {name}: the encoder did not run ({why})" for name, why in original.items() if why)
     row["targets"] = {}
     wanted = SPEEDUP.get((row["model"], row["kind"]), (None, None))
     for name, dtype, least in zip((OURS, OURS_BF16), ("fp32", "bf16 autocast"), wanted, strict=True):

@@ -32,16 +32,22 @@ def _speed(row: Row, name: str) -> str:
 
 
 def handed_back(rows: list[Row]) -> str:
-    """Says, for each reason once, where the encoder did not run and the original code did instead."""
+    """Says, for each reason once, where the encoder did not run."""
     lines: dict[str, list[str]] = {}
     for row in rows:
         for name, ran in row["ran"].items():
-            if not any(op.startswith("encoder") for op in ran["calls"]):
-                codes = [f"{site} {code}" for site, found in ran["fallbacks"].items() for code in found]
-                lines.setdefault(f"{name}: {', '.join(sorted(codes)) or 'not asked'}", []).append(row["title"])
-    return "".join(
-        f"\nThe encoder did not run, the original code did ({why}): {'; '.join(t)}.\n" for why, t in lines.items()
-    )
+            if original_code(ran):
+                lines.setdefault(f"{name}: {original_code(ran)}", []).append(row["title"])
+    words = "The encoder did not run, the original code did"
+    return "".join(f"\n{words} ({why}): {'; '.join(titles)}.\n" for why, titles in lines.items())
+
+
+def original_code(ran: dict[str, Any]) -> str:
+    """Which calls the encoder handed to the original code, and why; empty if it ran."""
+    if any(op.startswith("encoder") for op in ran["calls"]):
+        return ""
+    codes = sorted(f"{site} {code}" for site, found in ran["fallbacks"].items() for code in found)
+    return ", ".join(codes) or "not asked"
 
 
 def memory(rows: list[Row]) -> str:
