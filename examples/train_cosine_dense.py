@@ -13,7 +13,7 @@ import tempfile
 
 import common
 import torch
-from sentence_transformers import InputExample, util
+from sentence_transformers import InputExample, SentenceTransformer, util
 from sentence_transformers.sentence_transformer import losses, modules
 from torch.utils.data import DataLoader
 
@@ -21,7 +21,7 @@ BATCH, MAX_SEQ_LENGTH, COLUMNS = 32, 16, 32
 HELD_OUT = 200
 
 
-def labelled_pairs() -> list[InputExample]:
+def labelled_pairs(teacher: SentenceTransformer) -> list[InputExample]:
     """As many pairs of neighbours as of sentences drawn at random, with the teacher's cosine."""
     draw = random.Random(common.SEED)
     pairs = common.neighbours()
@@ -29,13 +29,22 @@ def labelled_pairs() -> list[InputExample]:
     pairs += [(first, draw.choice(sentences)) for first, _ in pairs]
     draw.shuffle(pairs)
     texts = list({text: None for pair in pairs for text in pair})
-    embeddings = dict(zip(texts, common.minilm().encode(texts, convert_to_tensor=True), strict=True))
+    embeddings = dict(zip(texts, teacher.encode(texts, convert_to_tensor=True), strict=True))
     left, right = (torch.stack([embeddings[text] for text in side]) for side in zip(*pairs, strict=True))
     cosines = util.pairwise_cos_sim(left, right).tolist()
     return [InputExample(texts=list(pair), label=cosine) for pair, cosine in zip(pairs, cosines, strict=True)]
 
 
-def correlation(model: torch.nn.Module, examples: list[InputExample]) -> float:
+def take_words(model: SentenceTransformer, teacher: SentenceTransformer) -> None:
+    """The student begins with the principal components of the teacher's word embeddings."""
+    words = teacher[0].auto_model.embeddings.word_embeddings.weight.detach()
+    own = model[0].auto_model.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        left, values, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
+        own.copy_(left[:, : own.shape[1]] * values[: own.shape[1]])
+
+
+def correlation(model: SentenceTransformer, examples: list[InputExample]) -> float:
     """Pearson's, between the cosines of the model and those of the teacher."""
     left, right = zip(*(example.texts for example in examples), strict=True)
     embeddings = [model.encode(list(side), convert_to_tensor=True) for side in (left, right)]
@@ -46,12 +55,15 @@ def correlation(model: torch.nn.Module, examples: list[InputExample]) -> float:
 
 def main() -> None:
     options = common.parse(__doc__, steps=60)
-    examples = labelled_pairs()
+    teacher = common.minilm()
+    examples = labelled_pairs(teacher)
     held_out, training = examples[:HELD_OUT], examples[HELD_OUT:]
 
     def train(run: common.Run) -> None:
         dense = modules.Dense(256, COLUMNS, activation_function=torch.nn.Tanh())
         model = common.small_model(6, 256, 8, MAX_SEQ_LENGTH, dense)
+        take_words(model, teacher)
+        run.scores["correlation with the teacher, before"] = correlation(model, held_out)
         loss = run.watch(losses.CosineSimilarityLoss(model))
         loader = DataLoader(training, shuffle=True, batch_size=BATCH)
         with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +76,7 @@ def main() -> None:
                 checkpoint_save_steps=10**9,
                 show_progress_bar=False,
             )
-        run.scores["correlation with the teacher"] = correlation(model, held_out)
+        run.scores["correlation with the teacher, after"] = correlation(model, held_out)
 
     common.compare(train, __file__, options)
 
