@@ -3,7 +3,7 @@ PYTHON ?= python3
 # An exact version: the plain name would take the newest build with several gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 # The second generation of sentence-transformers under test: only what differs, laid over the main environment.
-ST5 := sentence-transformers==5.1.2 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+ST5 := sentence-transformers==5.1.2 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 datasets==4.0.0
 ST5_NEEDS := requests==2.32.5 pillow==12.0.0
 CUDA ?= 0
 BIN := .venv/bin

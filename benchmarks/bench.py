@@ -2,9 +2,10 @@
 
 python benchmarks/bench.py [--only NAME ...] [--quick]
 
-A full run takes some twenty minutes on an otherwise idle machine. --only takes names with wildcards ('encoder*' is
-everything on the encoder) and keeps the other rows of the file; --quick shrinks inputs and rounds, prints, and writes
-nothing. The encoder's studies fetch WordNet, real weights and OpenVINO once, into a cache folder (texts.py).
+A full run takes some half an hour on an otherwise idle machine. --only takes names with wildcards ('encoder*' is
+everything on the encoder, 'training*' on training) and keeps the other rows of the file; --quick shrinks inputs and
+rounds, prints, and writes nothing. The studies fetch WordNet, real weights and OpenVINO once, into a cache folder
+(texts.py).
 """
 
 from __future__ import annotations

@@ -150,6 +150,8 @@ def _measured(judged: dict[str, Any]) -> str:
         return f"{got:.1%}"
     if unit == "cosine":
         return f"1 - {1 - got:.1e}"
+    if unit == "relative":
+        return f"{got:.1e}"
     return f"{got:.3f} {unit}" if unit == "points" else f"{three_digits(got)} {unit}"
 
 

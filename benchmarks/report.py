@@ -4,8 +4,9 @@ python benchmarks/report.py [--check]
 
 A block is everything between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; `<!-- table:NAME MACHINE -->` takes
 one result file only. NAME is a table of the workloads (pooling, similarity, overhead, model) or of the encoder's
-studies (encoder, encoder_latency, encoder_gemm, encoder_memory, encoder_startup, encoder_quality, encoder_share),
-`limits` for what the machine can do at most, or `targets` for what was promised and whether it was met.
+studies (encoder, encoder_latency, encoder_gemm, encoder_memory, encoder_startup, encoder_quality, encoder_share) or of
+those of training (training, training_memory, training_curve, loss), `limits` for what the machine can do at most, or
+`targets` for what was promised and whether it was met.
 --check writes nothing and fails if a block is out of date.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import encoder_report
+import training_report
 from words import duration, markdown, rate, three_digits, times
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ OURS, STOCK, DROP_IN = "sentfast", "stock", "drop-in"
 _BLOCK = re.compile(r"(^<!-- table:(\w+)(?: ([\w-]+))? -->\n)(.*?)(^<!-- /table:(\w+) -->$)", re.DOTALL | re.MULTILINE)
 _OPENING = re.compile(r"^<!-- table:", re.MULTILINE)
 _NOTHING = "Not measured yet.\n"
+_STUDIES = {**encoder_report.TABLES, **training_report.TABLES}
 
 Result = dict[str, Any]
 
@@ -139,7 +142,7 @@ def targets_table(result: Result, table: str) -> str:
 
 
 def study_table(result: Result, table: str) -> str:
-    return encoder_report.TABLES[table](_study_rows(result, table))
+    return _STUDIES[table](_study_rows(result, table))
 
 
 def caption(result: Result, rows: list[Result]) -> str:
@@ -169,7 +172,7 @@ def _all_rows(result: Result) -> list[Result]:
 _RENDER: dict[str, Callable[[Result, str], str]] = {
     "limits": limits_table,
     "targets": targets_table,
-    **dict.fromkeys(encoder_report.TABLES, study_table),
+    **dict.fromkeys(_STUDIES, study_table),
 }
 
 
@@ -182,7 +185,7 @@ def render_block(name: str, machine: str | None, results: dict[str, Result]) -> 
         raise ValueError(f"table {name}: expected one of the machines {sorted(results)}, got {machine!r}")
     known = set().union(*(table_names(result) for result in chosen.values()))
     if name not in known:
-        if name in encoder_report.TABLES:
+        if name in _STUDIES:
             return _NOTHING
         raise ValueError(f"table: expected one of {sorted(known)}, got {name!r}")
     render = _RENDER.get(name, workload_table)

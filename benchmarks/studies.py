@@ -1,4 +1,4 @@
-"""The studies of the encoder: which modules measure which rows, of which models, for which tables."""
+"""The studies of the encoder and of training: which modules measure which rows, of which models, for which tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from typing import Any
 import encode
 import gemm
 import latency
+import loss
 import quality
 import share
 import startup
+import training
+import training_curve
+import training_memory
 from study import Settings
 
 
@@ -49,6 +53,11 @@ STUDIES = (
     Study("encoder_quality_minilm", quality, (quality.TABLE,), ("minilm",), ("minilm",)),
     Study("encoder_quality_mpnet", quality, (quality.TABLE,), ("mpnet",)),
     Study("encoder_share", share, (share.TABLE,), ("minilm", "mpnet"), ("minilm",)),
+    Study("training_minilm", training, (training.TABLE,), ("minilm",), ("tiny",)),
+    Study("training_mpnet", training, (training.TABLE,), ("mpnet",)),
+    Study("training_memory", training_memory, (training_memory.TABLE,), ("minilm",), ("tiny",)),
+    Study("training_curve", training_curve, (training_curve.TABLE,), ("tiny",), ("tiny",)),
+    Study("loss", loss, (loss.TABLE,), quick=("any",)),
 )
 TABLES = tuple(dict.fromkeys(table for study in STUDIES for table in study.tables))
 
@@ -86,5 +95,6 @@ def describe(name: str, row: dict[str, Any]) -> str:
     for target, judged in row["targets"].items():
         if judged["got"] is not None:
             parts.append(f"{target} {judged['got']:.4g}")
+    parts += [row["note"]] if row.get("note") else []
     missed = [target for target, judged in row["targets"].items() if judged["met"] is False]
     return "  ".join(parts) + (f"  MISSED: {', '.join(missed)}" if missed else "")
