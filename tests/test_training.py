@@ -184,19 +184,19 @@ def test_checkpoints_keep_less() -> None:
 
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
 def test_every_dropout_drops_as_in_transformers(model_type: str) -> None:
-    """One rate at a time: mean and spread of the token embeddings over many passes."""
-    known = vars(encoders.config(model_type))
-    inputs = encoders.batch([4, 2])
+    """One rate at a time: mean and spread of the token embeddings of many copies of two texts."""
+    known, copies, (first, second) = vars(encoders.config(model_type)), 400, (4, 2)
+    two = encoders.batch([first, second])
+    inputs = {name: x.repeat(copies, 1) for name, x in two.items()}
+    used = inputs["attention_mask"].bool()
     for name in (name for name in RATES if name in known):
         others = {other: 0.0 for other in RATES if other in known and other != name}
         model = sentfast.accelerate(encoders.model(model_type, **others, **{name: 0.3}).train())
-        used = inputs["attention_mask"].bool()
         with torch.no_grad():
-            ours = torch.stack([model(**inputs)[0][used] for _ in range(300)]).double()
-            with sentfast.disabled():
-                stock = torch.stack([model(**inputs)[0][used] for _ in range(300)]).double()
+            ours = model(**inputs)[0][used].double().view(copies, first + second, -1)
+            stock = encoders.stock(model, **inputs)[0][used].double().view(copies, first + second, -1)
         assert ours.std(dim=0).max() > 0.01, name
-        error = (ours.var(dim=0) / 300 + stock.var(dim=0) / 300).sqrt()
+        error = ((ours.var(dim=0) + stock.var(dim=0)) / copies).sqrt()
         assert ((ours.mean(dim=0) - stock.mean(dim=0)).abs() / error).max() < 6, name
         spread = ours.std(dim=0).mean() / stock.std(dim=0).mean()
         assert 0.9 < spread < 1.1, f"{name}: {spread}"
