@@ -1,5 +1,6 @@
 """The operators as functions, in the manner of ``torch.nn.functional``."""
 
+from sentfast.ops.losses import contrastive_loss
 from sentfast.ops.pooling import pool
 from sentfast.ops.similarity import (
     cosine_similarity,
@@ -10,6 +11,7 @@ from sentfast.ops.similarity import (
 )
 
 __all__ = [
+    "contrastive_loss",
     "cosine_similarity",
     "dot_similarity",
     "l2_normalize",

@@ -6,6 +6,7 @@ This package imports nothing from the others.
 """
 
 from sentfast.reference.encoder import ACTIVATIONS, PANEL, Embedding, Layer, encoder, pack_panels, unpack_panels
+from sentfast.reference.losses import DIRECTIONS, HARDNESS_MODES, contrastive_loss, contrastive_loss_forward
 from sentfast.reference.pooling import (
     CLS,
     LASTTOKEN,
@@ -37,8 +38,10 @@ __all__ = [
     "ACTIVATIONS",
     "CLS",
     "COSINE",
+    "DIRECTIONS",
     "DOT",
     "EUCLIDEAN",
+    "HARDNESS_MODES",
     "LASTTOKEN",
     "MANHATTAN",
     "MAX",
@@ -52,6 +55,8 @@ __all__ = [
     "Embedding",
     "Layer",
     "accumulation_dtype",
+    "contrastive_loss",
+    "contrastive_loss_forward",
     "cosine_similarity_forward",
     "dot_similarity",
     "encoder",
