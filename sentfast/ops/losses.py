@@ -95,7 +95,6 @@ class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean, dims, dim_weights, *arguments):
         ctx.settings = mean, dims, dim_weights, arguments[4:12], arguments[17:]
-        ctx.scale_dtype = None if arguments[3] is None else arguments[3].dtype
         if mean:
             losses, gradients = _losses_and_gradients(dims, dim_weights, arguments, None)
             ctx.save_for_backward(*gradients)
@@ -114,8 +113,6 @@ class _ContrastiveLoss(torch.autograd.Function):
             arguments = *saved[:4], *numbers, *saved[4:], *rest
             gradients = _losses_and_gradients(dims, dim_weights, arguments, grad)[1]
         needed = ctx.needs_input_grad[3:7]
-        if ctx.scale_dtype is not None:
-            gradients[3] = gradients[3].to(ctx.scale_dtype)
         given = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
         return None, None, None, *given, *(None for _ in range(16))
 
@@ -168,7 +165,7 @@ def _scale(scale: object, queries: Tensor) -> tuple[Tensor | None, float]:
         checks.same_device("scale", scale, "queries", queries)
         if checks.values_readable(scale) and not scale.item() > 0:
             raise ValueError(f"scale: expected more than 0, got {scale.item()}")
-        return scale, 1.0
+        return scale.to(accumulation_dtype(queries.dtype)), 1.0
     if not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or a 0-d tensor, got {checks.describe(scale)}")
     if not scale > 0:

@@ -7,7 +7,7 @@ normalised beforehand, and the gradient of a block, times the same factors, give
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -145,10 +145,7 @@ class Side:
     guide_norm: Tensor | None
 
     def rows(self, begin: int, end: int) -> Side:
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[begin:end]
-
-        return Side(*(cut(x) for x in vars(self).values()))
+        return replace(self, **{name: x[begin:end] for name, x in vars(self).items() if x is not None})
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -270,6 +267,7 @@ def _run(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows:
 
 
 def _prepare(
+    gradient: bool,
     queries: Tensor,
     documents: Tensor,
     all_queries: Tensor | None,
@@ -290,7 +288,6 @@ def _prepare(
     relative: bool,
     margin: float,
     workspace: int,
-    gradient: bool,
 ) -> tuple[Batch, Row]:
     left = _side(queries, cosine, gradient, query_ids, guide_queries)
     right = _side(documents, cosine, gradient, document_ids, guide_documents)
@@ -310,7 +307,7 @@ def _prepare(
 
 def contrastive_loss(*arguments, product: Product = dot_similarity, rows: Rows = contrastive_rows) -> Tensor:
     """The losses [B] of :func:`sentfast.functional.contrastive_loss`, in the accumulation dtype."""
-    batch, row = _prepare(*arguments, gradient=False)
+    batch, row = _prepare(False, *arguments)
     return _run(batch, row, None, product, rows)[0]
 
 
@@ -322,7 +319,7 @@ def contrastive_loss_forward(
     The last argument: weights [B], or None for those of the mean. The gradient to all_queries is empty without them.
     """
     *arguments, weights = arguments  # type: ignore[assignment]
-    batch, row = _prepare(*arguments, gradient=True)
+    batch, row = _prepare(True, *arguments)
     count = len(batch.queries.x)
     if weights is None:
         weights = row.scale.new_full((count,), 1 / max(count, 1))
