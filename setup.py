@@ -119,6 +119,7 @@ class BuildLibraries(build_ext):
             "cpu/similarity": self.torch_flags,
             "cpu/linear": self.torch_flags,
             "cpu/encoder": self.torch_flags,
+            "cpu/losses": self.torch_flags,
             "module": python,
         }
         objects = [

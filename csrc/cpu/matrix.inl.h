@@ -190,7 +190,8 @@ void by_tiles(const Matrix& m, const Block& block, void* memory) {
         for (int64_t i = 0; i < rows; i += kTileRows) {
           const int64_t height = rows - i < kTileRows ? rows - i : kTileRows;
           for (int64_t j = 0; j < columns; j += kTileColumns) {
-            const Tile t = {m, row + i, column + j, columns - j, step > 0, step + count == steps, scratch.scale_b + j};
+            const Tile t = {
+                m, row + i, column + j, columns - j, m.add || step > 0, step + count == steps, scratch.scale_b + j};
             const Lines strip = {lines.words + i * lines.stride, lines.stride};
             prefetch_tile(t, height);
             if (count < steps) {
@@ -216,7 +217,8 @@ void by_rows(const Matrix& m, const Block& block) {
       const B* b = static_cast<const B*>(m.b.data) + j * m.b.stride_row;
       float value = rows::dot(a, b, m.depth);
       if (m.norm_b != nullptr) value *= scale_a * (1.0f / at_least(m.norm_b[j], m.eps));
-      m.c[i * m.stride_c + j] = value;
+      float& c = m.c[i * m.stride_c + j];
+      c = m.add ? c + value : value;
     }
   }
 }

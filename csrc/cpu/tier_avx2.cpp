@@ -16,6 +16,7 @@ namespace {
 #include "linear.inl.h"
 #include "attention.inl.h"
 #include "layers.inl.h"
+#include "losses.inl.h"
 // clang-format on
 }  // namespace
 #define SENTFAST_PEAK_FLOAT32 matrix::peak<matrix::Float32Step>
