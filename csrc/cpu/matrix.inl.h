@@ -160,7 +160,7 @@ template <class Step, class A, class B>
 void by_tiles(const Matrix& m, const Block& block, void* memory) {
   const Scratch scratch(memory);
   const int64_t steps = (m.depth + Step::depth - 1) / Step::depth;
-  const bool a_in_place = plain<Step, A>(m.a, m.depth);
+  const bool a_in_place = plain<Step, A>(m.a, m.depth) && m.a.stride_row % Step::depth == 0;
   for (int64_t column = block.column_begin; column < block.column_end; column += kBlockColumns) {
     const int64_t columns = block.column_end - column < kBlockColumns ? block.column_end - column : kBlockColumns;
     if (m.norm_b != nullptr) {

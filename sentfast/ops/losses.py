@@ -64,7 +64,7 @@ def _losses(dims: tuple, dim_weights: tuple, arguments: tuple) -> Tensor:
     parts = [_contrastive_loss(*_prefixes(arguments, dim)) for dim in dims]
     if len(parts) == 1 and dim_weights[0] == 1:
         return parts[0]
-    return torch.stack(parts, dim=1) @ parts[0].new_tensor(dim_weights)
+    return sum(factor * part for factor, part in zip(dim_weights, parts, strict=True))  # type: ignore[return-value]
 
 
 def _losses_and_gradients(

@@ -247,6 +247,11 @@ class Batch:
 
 def _run(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
     """Losses [B] and slopes [B] of all rows; with weights the gradients are added to the sides'."""
+    with torch.autocast(row.scale.device.type, enabled=False):
+        return _run_blocks(batch, row, weights, product, rows)
+
+
+def _run_blocks(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
     losses, slopes = [row.scale.new_empty(0)], [row.scale.new_empty(0)]
     for begin, end in batch.blocks():
         sides = [(batch.left(d, begin, end), batch.columns(d)) for d in batch.directions]
