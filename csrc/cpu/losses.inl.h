@@ -173,7 +173,8 @@ void row(const Contrastive& p, int64_t i) {
     const float top = s.factor * largest(s.scores + i * s.columns, s.columns);
     if (top > shift[s.group]) shift[s.group] = top;
   }
-  const float positive = first.factor * first.scores[i * first.columns + first.own + i];
+  // In double, as the logarithm is: of a small loss nothing is lost in their difference.
+  const double positive = static_cast<double>(first.factor) * first.scores[i * first.columns + first.own + i];
   Sums sums[kContrastiveSegments];
   for (int g = 0; g < kContrastiveSegments; ++g) {
     if (!(__builtin_fabsf(shift[g]) < kInfinity)) shift[g] = 0.0f;
