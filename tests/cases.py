@@ -121,11 +121,11 @@ ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"
 CONTRASTIVE: dict[str, dict[str, Any]] = {
     "plain": {},
     "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
-    "all directions": {"directions": ALL_DIRECTIONS, "scale": 4.0},
+    "all directions": {"directions": ALL_DIRECTIONS, "scale": 1.5},
     "dot": {"similarity": "dot", "scale": 0.5, "directions": ("query_to_doc", "doc_to_doc")},
-    "in-batch hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 2.0},
-    "own hardness": {"hardness_mode": "hard_negatives", "hardness_strength": 1.5, "directions": ALL_DIRECTIONS},
-    "all hardness": {"hardness_mode": "all_negatives", "hardness_strength": 3.0, "reduction": "none"},
+    "in-batch hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 1.0},
+    "own hardness": {"hardness_mode": "hard_negatives", "hardness_strength": 0.5, "directions": ALL_DIRECTIONS},
+    "all hardness": {"hardness_mode": "all_negatives", "hardness_strength": 0.75, "reduction": "none"},
     "none": {"reduction": "none", "directions": ("query_to_doc", "query_to_query")},
     "ids": {"directions": ALL_DIRECTIONS, "ids": True, "reduction": "none"},
     "guide": {"directions": ("query_to_doc", "query_to_query", "doc_to_doc"), "guide": True, "margin": 0.05},
@@ -140,7 +140,7 @@ def contrastive_call(
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Tensors and options for `rows` of `everyone` queries with `negatives` negatives each."""
     rows, everyone, negatives, dim = sizes
-    options = {"scale": 3.0} | options
+    options = {"scale": 1.0} | options
     count = everyone * (1 + negatives) + (negatives > 1)  # with a document that is nobody's
     tensors = vectors(rows, dim, dtype=dtype, device=device), vectors(count, dim, dtype=dtype, device=device)
     if rows < everyone:
