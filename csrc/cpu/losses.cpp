@@ -41,13 +41,13 @@ void multiply(const Matrix& m, MatrixFn kernel) {
 }
 
 // Embeddings in rows that lie at one distance, with their norms.
-struct Matrix2 {
+struct Embeddings {
   Tensor x;
   int64_t rows, dim, stride;
   int dtype;
   Floats norm, reciprocal;  // nullptr: not divided by
 
-  Matrix2(const Tensor& given, bool cosine, const char* name) : x(given), dtype(dtype_index(given, name)) {
+  Embeddings(const Tensor& given, bool cosine, const char* name) : x(given), dtype(dtype_index(given, name)) {
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, ": expected a CPU tensor of two dimensions");
     rows = x.size(0);
     dim = x.size(1);
@@ -75,8 +75,8 @@ struct Matrix2 {
 };
 
 struct Side {
-  Matrix2 x;
-  std::optional<Matrix2> guide;
+  Embeddings x;
+  std::optional<Embeddings> guide;
   std::vector<int32_t> ids;
   Tensor gradient;  // float32, dense; only where one is wanted
   Tensor result;    // in the dtype of x
@@ -229,8 +229,8 @@ class Loss {
     s.positive_factor = plain;
   }
 
-  static void similarities(const Matrix2& left, int64_t begin, int64_t count, const Matrix2& right, int64_t columns,
-                           float* out) {
+  static void similarities(const Embeddings& left, int64_t begin, int64_t count, const Embeddings& right,
+                           int64_t columns, float* out) {
     Matrix m = {};
     m.rows = count;
     m.columns = columns;
