@@ -2,6 +2,7 @@
 
 from sentfast.ops.attention import varlen_attention, varlen_attention_qkvpacked
 from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
+from sentfast.ops.losses import contrastive_loss
 from sentfast.ops.pooling import pool
 from sentfast.ops.similarity import (
     cosine_similarity,
@@ -13,6 +14,7 @@ from sentfast.ops.similarity import (
 
 __all__ = [
     "bias_activation",
+    "contrastive_loss",
     "cosine_similarity",
     "dot_similarity",
     "dropout",

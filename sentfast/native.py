@@ -128,6 +128,7 @@ def load_triton() -> None:
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module("sentfast.kernels.pooling")
         importlib.import_module("sentfast.kernels.similarity")
+        importlib.import_module("sentfast.kernels.losses")
 
 
 def cpu_isa(name: str | None = None) -> str:

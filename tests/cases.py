@@ -193,6 +193,64 @@ def activation_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[C
 
 ATTENTION = ("varlen_attention", "varlen_attention_backward")
 NORM = ("dropout_add_layer_norm", "dropout_add_layer_norm_backward")
+ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+CONTRASTIVE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    "all directions": {"directions": ALL_DIRECTIONS, "scale": 1.5},
+    "dot": {"similarity": "dot", "scale": 0.5, "directions": ("query_to_doc", "doc_to_doc")},
+    "in-batch hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 1.0},
+    "own hardness": {"hardness_mode": "hard_negatives", "hardness_strength": 0.5, "directions": ALL_DIRECTIONS},
+    "all hardness": {"hardness_mode": "all_negatives", "hardness_strength": 0.75, "reduction": "none"},
+    "none": {"reduction": "none", "directions": ("query_to_doc", "query_to_query")},
+    "ids": {"directions": ALL_DIRECTIONS, "ids": True, "reduction": "none"},
+    "guide": {"directions": ("query_to_doc", "query_to_query", "doc_to_doc"), "guide": True, "margin": 0.05},
+    "relative guide": {"directions": ALL_DIRECTIONS, "guide": True, "margin": -0.1, "margin_strategy": "relative"},
+    "prefixes": {"dims": True, "directions": ("query_to_doc", "query_to_query")},
+    "prefixes, none": {"dims": True, "reduction": "none", "similarity": "dot"},
+}
+
+
+def contrastive_call(
+    options: dict[str, Any], sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Tensors and options for `rows` of `everyone` queries with `negatives` negatives each."""
+    rows, everyone, negatives, dim = sizes
+    options = {"scale": 1.0} | options
+    count = everyone * (1 + negatives) + (negatives > 1)  # with a document that is nobody's
+    tensors = vectors(rows, dim, dtype=dtype, device=device), vectors(count, dim, dtype=dtype, device=device)
+    if rows < everyone:
+        tensors += (vectors(everyone, dim, dtype=dtype, device=device),)
+        options["offset"] = int(torch.randint(0, everyone - rows + 1, ()))
+    if options.pop("ids", False):
+        options["query_ids"] = torch.randint(-3, everyone // 2 + 2, (everyone,), device=device)
+        options["document_ids"] = torch.randint(2**40, 2**40 + count // 2 + 2, (count,), device=device)
+    if options.pop("guide", False):
+        options["guide"] = tuple(torch.randn(len(x), 5, device=device) for x in tensors)
+    if options.pop("dims", False):
+        options["dims"] = (dim, dim - 1, max(4, dim // 2))
+        options["dim_weights"] = (1.0, 0.5, 0.25)
+    return tensors, options
+
+
+def contrastive_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    sizes = [(3, 3, 0, 8), (4, 6, 2, 5)] if small else [(7, 7, 0, 33), (6, 9, 2, 8), (5, 70, 1, 17), (40, 40, 0, 65)]
+    turns = itertools.cycle(sizes[::-1] if torch.rand(()) < 0.5 else sizes)
+    for name, options in CONTRASTIVE.items():
+        if dtype == torch.float64 and "hardness_mode" in options:
+            continue  # its term has no gradient by definition, so the gradient is not the derivative
+        for size in (next(turns), next(turns)):
+            tensors, complete = contrastive_call(options, size, dtype, device)
+            # A block of rows less than the batch, sometimes.
+            if torch.rand(()) < 0.5:
+                complete["workspace"] = 3 * 16 * (len(tensors[1]) + size[1])
+            yield Call(tensors, complete, f"{name} {size}")
+
+
+def contrastive(queries: Tensor, documents: Tensor, all_queries: Tensor | None = None, **options: Any) -> Tensor:
+    return F.contrastive_loss(queries, documents, all_queries=all_queries, **options)
+
+
 PAIRWISE = ("pairwise_similarity", "pairwise_similarity_backward")
 CASES = [
     Case("pool", F.pool, pool_calls, ("pool", "pool_backward")),
@@ -208,4 +266,5 @@ CASES = [
         Case(f"pairwise_{metric}", F.pairwise_similarity, pairwise_calls(metric), PAIRWISE)
         for metric in ("cosine", "dot", "euclidean", "manhattan")
     ),
+    Case("contrastive_loss", contrastive, contrastive_calls, ("contrastive_loss",)),
 ]

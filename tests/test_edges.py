@@ -105,6 +105,15 @@ def test_zero_vectors(backend: Backend) -> None:
         assert torch.autograd.grad(euclidean.sum(), zero)[0].eq(0).all()
 
 
+@every_backend
+def test_bfloat16_rows_an_odd_distance_apart(backend: Backend) -> None:
+    if backend.supports(torch.bfloat16):
+        wide = torch.randn(20, 33, dtype=torch.bfloat16, device=backend.device)
+        a, b = wide[:9, :16], wide[9:, :16]
+        with backend.forced("dot_similarity"):
+            torch.testing.assert_close(F.dot_similarity(a, b), a.float() @ b.float().T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(not native.cpu_loaded() or BACKENDS[0].interpreted, reason="about the compiled CPU kernels")
 def test_more_than_2_to_the_31_elements() -> None:
     """Offsets are 64-bit: one row of memory seen as 2^27 + 8 tokens, and a row far from the start of its storage."""

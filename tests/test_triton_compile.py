@@ -73,6 +73,28 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
     else:
         yield "float32 gradient", "dot_similarity", (torch.empty(1024, 1024), many.mT)
 
+    yield from loss_calls(many)
+
+
+def loss_calls(many: torch.Tensor) -> Iterator[tuple[str, str, tuple]]:
+    """The plain loss, each kind of hardness with ids and a guide, and all directions."""
+    count = len(many)
+    end = (False, 0.1, 64 << 20)
+    none = (None, None, None, None, None)
+    ids = torch.zeros(count, dtype=torch.int64)
+
+    def arguments(directions: list[int], hardness: int, rest: tuple, cosine: bool = True) -> tuple:
+        first = (many, many, None, None, 20.0, cosine, 0, count)
+        return *first, directions, False, hardness, 1.0, *rest, *end
+
+    for hardness in (1, 2, 3):
+        full = arguments([0], hardness, (ids, ids, many, many, None))
+        yield f"hardness {hardness}, ids, guide", "contrastive_loss_forward", (*full, None)
+    yield "all directions", "contrastive_loss_forward", (*arguments([0, 1, 2, 3], 0, none), None)
+    yield "dot", "contrastive_loss_forward", (*arguments([0], 0, none, cosine=False), None)
+    yield "", "contrastive_loss", arguments([0], 0, none)
+    yield "", "contrastive_loss_forward", (*arguments([0], 0, none), None)
+
 
 class Recorder:
     """Stands in for a kernel: keeps the arguments of a launch."""

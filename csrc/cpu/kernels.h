@@ -119,6 +119,7 @@ struct Matrix {
   int64_t stride_c;
   const float *norm_a, *norm_b;
   float eps;
+  bool add;  // to what c holds; without norms only
 };
 
 // One rectangle of c, the unit of work of a thread.
@@ -310,6 +311,44 @@ struct BiasActivation {
   float* partial;  // [blocks of rows, dim]: of the gradient of bias, or nullptr
 };
 
+// ---- losses ----
+
+// The directions of a contrastive loss.
+constexpr int kContrastiveSegments = 4;
+
+// Scores of a block's rows with the columns of one direction. Row i has its own columns at own + i + k * period.
+struct ContrastiveSegment {
+  int64_t columns;
+  float* scores;                          // [rows, columns] similarities, which become the gradient
+  const float* guide;                     // [rows, columns] similarities by the guide, or nullptr
+  const float *row_scale, *column_scale;  // 1 / norms, or nullptr
+  const int32_t* ids;                     // [columns] equal for duplicates, or nullptr
+  int64_t own, period;
+  bool positive;                                    // the first own column stays; else all own columns are left out
+  float factor, positive_factor, negatives_factor;  // of logits: of other columns, of the first own, of further own
+  int64_t group;                                    // columns of one group share a log-sum-exp
+};
+
+// loss = mean of the groups' log-sum-exps - logit of the first segment's first own column
+struct Contrastive {
+  ContrastiveSegment segments[kContrastiveSegments];
+  int64_t segment_count, group_count;
+  float scale;
+  bool relative;  // the guide's margin is a part of its score, or absolute
+  float margin;
+  const float* weights;    // [rows] of the losses in the gradient; nullptr: none is wanted
+  float *losses, *slopes;  // [rows]; slopes: derivatives by the scale, only with weights
+};
+
+struct Project {
+  int64_t dim;
+  Rows x;
+  const float* norm;      // nullptr: nothing is taken away
+  const float* gradient;  // dense
+  void* out;              // may be the gradient
+  float eps;
+};
+
 // ---- the table ----
 
 using PoolFn = void (*)(const Pool&, int64_t begin, int64_t end, float* scratch);
@@ -333,6 +372,8 @@ using DropoutFn = void (*)(const DropoutRows&, int64_t begin, int64_t end);
 using DropoutAddLayerNormFn = void (*)(const DropoutAddLayerNorm&, int64_t begin, int64_t end);
 using DropoutAddLayerNormBackwardFn = void (*)(const DropoutAddLayerNormBackward&, int64_t begin, int64_t end);
 using BiasActivationFn = void (*)(const BiasActivation&, int64_t begin, int64_t end);
+using ContrastiveFn = void (*)(const Contrastive&, int64_t begin, int64_t end);
+using ProjectFn = void (*)(const Project&, int64_t begin, int64_t end);
 
 // Indexed by Dtype; a matrix by the dtypes of a and b.
 struct Kernels {
@@ -361,6 +402,8 @@ struct Kernels {
   // Multiply-adds in registers only: floating-point operations done by `rounds` rounds; nullptr: no such instruction.
   double (*peak_float32)(int64_t rounds);
   double (*peak_bfloat16)(int64_t rounds);
+  ContrastiveFn contrastive;
+  ProjectFn project[kDtypes];
 };
 
 }  // namespace sentfast::cpu

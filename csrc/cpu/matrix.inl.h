@@ -47,21 +47,50 @@ bool plain(const Operand& m, int64_t depth) {
   return sizeof(T) * Step::depth == 4 && m.stride_column == 1 && depth % Step::depth == 0;
 }
 
+constexpr int64_t kSquare = 16;
+
+// Copies kSquare lines of as many numbers, `stride` apart; with `turn` the lines become columns.
+template <class T>
+void copy_square(const T* from, int64_t stride, Word* out, int64_t out_stride, bool turn) {
+  for (int64_t line = 0; line < kSquare; line += Vec::lanes) {
+    for (int64_t at = 0; at < kSquare; at += Vec::lanes) {
+      Vec square[Vec::lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::lanes; ++i) square[i] = Vec::load(from + (line + i) * stride + at);
+      if (turn) Vec::transpose(square);
+      Word* to = turn ? out + at * out_stride + line : out + line * out_stride + at;
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::lanes; ++i) square[i].store(reinterpret_cast<float*>(to + i * out_stride));
+    }
+  }
+}
+
 // Packs `count` rows: word (step, i) goes to out[step * out_step + i * out_row]; rows up to `padded` are zero.
-// Pieces of 16 x 16, so that neither side leaves the first cache, each in the order in which it lies in memory.
+// Pieces of kSquare x kSquare, so that neither side leaves the first cache, each in the order in which it lies in
+// memory.
 template <class Step, class T>
 void pack(const Operand& m, int64_t row, int64_t count, int64_t padded, int64_t step_begin, int64_t step_end,
           int64_t depth, Word* out, int64_t out_step, int64_t out_row) {
   const bool words = plain<Step, T>(m, depth), across = m.stride_row < m.stride_column;
+  const bool lines = Step::depth == 1 && (m.stride_column == 1 || m.stride_row == 1) && (out_row == 1 || out_step == 1);
   const auto piece = [&](int64_t s, int64_t s_stop, int64_t i, int64_t i_stop) {
-    if (words) {
+    if (lines && s_stop - s == kSquare && i_stop - i == kSquare) {
+      const T* from = static_cast<const T*>(m.data) + (row + i) * m.stride_row + s * m.stride_column;
+      const bool by_rows = m.stride_column == 1, to_rows = out_step == 1;
+      const int64_t stride = by_rows ? m.stride_row : m.stride_column;
+      if (!by_rows) {
+        for (int64_t t = kSquare; t < 2 * kSquare; ++t) prefetch(from + t * stride);
+      }
+      copy_square(from, stride, out + (s - step_begin) * out_step + i * out_row, to_rows ? out_row : out_step,
+                  by_rows != to_rows);
+    } else if (words) {
       for (int64_t r = i; r < i_stop; ++r) {
         const Word* from = reinterpret_cast<const Word*>(static_cast<const T*>(m.data) + (row + r) * m.stride_row);
         for (int64_t t = s; t < s_stop; ++t) out[(t - step_begin) * out_step + r * out_row] = from[t];
       }
     } else if (across) {
       const T* ahead =
-          static_cast<const T*>(m.data) + (row + i) * m.stride_row + (s + 16) * Step::depth * m.stride_column;
+          static_cast<const T*>(m.data) + (row + i) * m.stride_row + (s + kSquare) * Step::depth * m.stride_column;
       for (int64_t t = s; t < s_stop; ++t) {
         prefetch(ahead + (t - s) * Step::depth * m.stride_column);
         Word* to = out + (t - step_begin) * out_step;
@@ -74,9 +103,9 @@ void pack(const Operand& m, int64_t row, int64_t count, int64_t padded, int64_t 
       }
     }
   };
-  for (int64_t s = step_begin; s < step_end; s += 16) {
-    const int64_t s_stop = s + 16 < step_end ? s + 16 : step_end;
-    for (int64_t i = 0; i < count; i += 16) piece(s, s_stop, i, i + 16 < count ? i + 16 : count);
+  for (int64_t s = step_begin; s < step_end; s += kSquare) {
+    const int64_t s_stop = s + kSquare < step_end ? s + kSquare : step_end;
+    for (int64_t i = 0; i < count; i += kSquare) piece(s, s_stop, i, i + kSquare < count ? i + kSquare : count);
     for (int64_t t = s; t < s_stop; ++t) {
       for (int64_t i = count; i < padded; ++i) out[(t - step_begin) * out_step + i * out_row] = 0;
     }
@@ -160,7 +189,7 @@ template <class Step, class A, class B>
 void by_tiles(const Matrix& m, const Block& block, void* memory) {
   const Scratch scratch(memory);
   const int64_t steps = (m.depth + Step::depth - 1) / Step::depth;
-  const bool a_in_place = plain<Step, A>(m.a, m.depth);
+  const bool a_in_place = plain<Step, A>(m.a, m.depth) && m.a.stride_row % Step::depth == 0;
   for (int64_t column = block.column_begin; column < block.column_end; column += kBlockColumns) {
     const int64_t columns = block.column_end - column < kBlockColumns ? block.column_end - column : kBlockColumns;
     if (m.norm_b != nullptr) {
@@ -190,7 +219,8 @@ void by_tiles(const Matrix& m, const Block& block, void* memory) {
         for (int64_t i = 0; i < rows; i += kTileRows) {
           const int64_t height = rows - i < kTileRows ? rows - i : kTileRows;
           for (int64_t j = 0; j < columns; j += kTileColumns) {
-            const Tile t = {m, row + i, column + j, columns - j, step > 0, step + count == steps, scratch.scale_b + j};
+            const Tile t = {
+                m, row + i, column + j, columns - j, m.add || step > 0, step + count == steps, scratch.scale_b + j};
             const Lines strip = {lines.words + i * lines.stride, lines.stride};
             prefetch_tile(t, height);
             if (count < steps) {
@@ -216,7 +246,8 @@ void by_rows(const Matrix& m, const Block& block) {
       const B* b = static_cast<const B*>(m.b.data) + j * m.b.stride_row;
       float value = rows::dot(a, b, m.depth);
       if (m.norm_b != nullptr) value *= scale_a * (1.0f / at_least(m.norm_b[j], m.eps));
-      m.c[i * m.stride_c + j] = value;
+      float& c = m.c[i * m.stride_c + j];
+      c = m.add ? c + value : value;
     }
   }
 }

@@ -20,6 +20,7 @@ void fill_row(Kernels& t, int dtype) {
   t.matrix[dtype][static_cast<int>(Dtype::Float32)] = matrix::block<matrix::Float32Step, A, float>;
   t.matrix[dtype][static_cast<int>(Dtype::BFloat16)] = matrix::block<matrix::Float32Step, A, BFloat16>;
   t.matrix[dtype][static_cast<int>(Dtype::Float16)] = matrix::block<matrix::Float32Step, A, Float16>;
+  t.project[dtype] = losses::project<A>;
 }
 
 // The kernels of a linear layer's element; rows of y are of the same element or, as in linear_float32, floats.
@@ -49,6 +50,7 @@ const Kernels& table() {
     fill_compute<gemm::WideBFloat16Step>(t, Compute::BFloat16);
     t.layer_norm = layers::layer_norm;
     t.peak_float32 = SENTFAST_PEAK_FLOAT32;
+    t.contrastive = losses::contrastive;
     return t;
   }();
   return filled;

@@ -20,6 +20,7 @@ namespace {
 #include "layers.inl.h"
 #include "norm.inl.h"
 #include "activation.inl.h"
+#include "losses.inl.h"
 // clang-format on
 }  // namespace
 #define SENTFAST_PEAK_FLOAT32 matrix::peak<matrix::Float32Step>

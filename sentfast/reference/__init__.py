@@ -14,6 +14,7 @@ from sentfast.reference.layers import (
     dropout_add_layer_norm_backward,
     dropout_add_layer_norm_forward,
 )
+from sentfast.reference.losses import DIRECTIONS, HARDNESS_MODES, contrastive_loss, contrastive_loss_forward
 from sentfast.reference.pooling import (
     CLS,
     LASTTOKEN,
@@ -46,8 +47,10 @@ __all__ = [
     "ACTIVATIONS",
     "CLS",
     "COSINE",
+    "DIRECTIONS",
     "DOT",
     "EUCLIDEAN",
+    "HARDNESS_MODES",
     "LASTTOKEN",
     "MANHATTAN",
     "MAX",
@@ -63,6 +66,8 @@ __all__ = [
     "accumulation_dtype",
     "bias_activation",
     "bias_activation_backward",
+    "contrastive_loss",
+    "contrastive_loss_forward",
     "cosine_similarity_forward",
     "dot_similarity",
     "dropout",

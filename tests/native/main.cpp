@@ -2,6 +2,7 @@
 // Built and run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer by tests/test_native.py.
 #include "encoder_test.h"
 #include "layers_test.h"
+#include "losses_test.h"
 #include "pooling_test.h"
 #include "similarity_test.h"
 #include "training_test.h"
@@ -26,6 +27,7 @@ void test_dtype() {
   check::test_norm<T, T>();
   check::test_norm<T, float>();
   check::test_bias_activation<T>();
+  check::test_project<T>();
 }
 
 // E: the element of a linear layer's rows; Out: of its result.
@@ -64,6 +66,7 @@ int main(int argc, char** argv) {
       test_dtype<BFloat16>();
       test_dtype<Float16>();
       test_encoder();
+      check::test_contrastive();
     }
     std::printf("%s done\n", isa_name(static_cast<Isa>(i)));
   }

@@ -78,7 +78,7 @@ struct RandomOperand {
   RandomOperand(int64_t rows, int64_t depth) {
     const bool transposed = integer(0, 1) != 0;
     const int64_t gap = integer(1, 2);
-    operand.stride_row = transposed ? gap : depth * gap;
+    operand.stride_row = transposed ? gap : depth * gap + integer(0, 1);
     operand.stride_column = transposed ? rows * gap : gap;
     const int64_t last = (rows - 1) * operand.stride_row + (depth - 1) * operand.stride_column;
     data = random<T>(depth > 0 ? last + 1 : 0);

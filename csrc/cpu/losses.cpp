@@ -1,0 +1,381 @@
+// Contrastive loss: blocks of rows, their scores by matrix products, losses and gradients in place, gradients of the
+// embeddings by products again.
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace sentfast::cpu {
+namespace {
+
+constexpr float kEps = 1e-12f;
+// More rows at a time gain nothing, and fewer keep a block's scores in the caches.
+constexpr int64_t kMostRows = 512;
+// Multiply-adds below which a product is not worth a second thread.
+constexpr int64_t kSmallProduct = 1 << 19;
+
+enum Direction : int64_t { kQueryToDoc, kQueryToQuery, kDocToQuery, kDocToDoc };
+enum Hardness : int64_t { kNoHardness, kInBatchNegatives, kHardNegatives, kAllNegatives };
+
+using Optional = std::optional<Tensor>;
+using Floats = std::unique_ptr<float[]>;
+
+// c = a b^T in tasks of whole panels of columns, or of rows where there are few columns.
+void multiply(const Matrix& m, MatrixFn kernel) {
+  if (m.rows == 0 || m.columns == 0) return;
+  const auto run = [&](const Block& block) {
+    const std::unique_ptr<char[]> scratch(new char[kMatrixScratch]);
+    kernel(m, block, scratch.get());
+  };
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  if (threads == 1 || m.rows * m.columns * m.depth < kSmallProduct) return run({0, m.rows, 0, m.columns});
+  const bool by_columns = m.columns >= 2 * threads * kBlockColumns;
+  const int64_t size = by_columns ? m.columns : m.rows, unit = by_columns ? kBlockColumns : 6;
+  const int64_t step = std::max(unit, (size / (2 * threads) + unit - 1) / unit * unit);
+  torch::stable::parallel_for(0, (size + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * step, to = std::min(end * step, size);
+    run(by_columns ? Block{0, m.rows, from, to} : Block{from, to, 0, m.columns});
+  });
+}
+
+// Embeddings in rows that lie at one distance, with their norms.
+struct Embeddings {
+  Tensor x;
+  int64_t rows, dim, stride;
+  int dtype;
+  Floats norm, reciprocal;  // nullptr: not divided by
+
+  Embeddings(const Tensor& given, bool cosine, const char* name) : x(given), dtype(dtype_index(given, name)) {
+    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, ": expected a CPU tensor of two dimensions");
+    rows = x.size(0);
+    dim = x.size(1);
+    if (dim > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
+    stride = x.stride(0);
+    if (!cosine) return;
+    norm.reset(new float[rows]);
+    reciprocal.reset(new float[rows]);
+    const Normalize p = {dim, {x.const_data_ptr(), stride}, nullptr, norm.get(), kEps};
+    const NormalizeFn kernel = kernels().normalize[dtype];
+    torch::stable::parallel_for(0, rows, grain(dim), [&](int64_t begin, int64_t end) {
+      kernel(p, begin, end);
+      for (int64_t i = begin; i < end; ++i) reciprocal[i] = 1.0f / (norm[i] < kEps ? kEps : norm[i]);
+    });
+  }
+  Operand from(int64_t row) const {
+    return {static_cast<const char*>(x.const_data_ptr()) + row * stride * static_cast<int64_t>(x.element_size()),
+            stride, 1};
+  }
+  // The same seen as [dim, rows].
+  Operand turned_from(int64_t row) const {
+    const Operand o = from(row);
+    return {o.data, 1, stride};
+  }
+};
+
+struct Side {
+  Embeddings x;
+  std::optional<Embeddings> guide;
+  std::vector<int32_t> ids;
+  Tensor gradient;  // float32, dense; only where one is wanted
+  Tensor result;    // in the dtype of x
+
+  Side(const Tensor& given, bool cosine, const Optional& guides, const char* name) : x(given, cosine, name) {
+    if (guides) guide.emplace(*guides, true, "guide");
+    if (guides) STD_TORCH_CHECK(guide->rows == x.rows, "guide: expected as many rows as ", name);
+  }
+  float* gradient_from(int64_t row) { return static_cast<float*>(gradient.mutable_data_ptr()) + row * x.dim; }
+
+  void start_gradient() {
+    gradient = new_tensor({x.rows, x.dim}, ScalarType::Float);
+    result = x.dtype == 0 ? gradient : new_tensor({x.rows, x.dim}, x.x.scalar_type());
+    float* data = gradient_from(0);
+    torch::stable::parallel_for(0, x.rows, grain(x.dim), [&](int64_t begin, int64_t end) {
+      std::fill(data + begin * x.dim, data + end * x.dim, 0.0f);
+    });
+  }
+  void finish_gradient() {
+    const Project p = {
+        x.dim, {x.x.const_data_ptr(), x.stride}, x.norm.get(), gradient_from(0), result.mutable_data_ptr(), kEps};
+    const ProjectFn kernel = kernels().project[x.dtype];
+    torch::stable::parallel_for(0, x.rows, grain(2 * x.dim),
+                                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  }
+};
+
+// Small numbers that are equal where the ids are.
+std::vector<int32_t> numbered(const Tensor& given, int64_t count, const char* name) {
+  const Tensor ids = torch::stable::contiguous(given);
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int, name, ": expected int64 or int32");
+  STD_TORCH_CHECK(ids.is_cpu() && ids.dim() == 1 && ids.size(0) == count, name, ": expected ", count, " ids");
+  std::vector<int64_t> values(count);
+  for (int64_t i = 0; i < count; ++i) {
+    values[i] = wide ? static_cast<const int64_t*>(ids.const_data_ptr())[i]
+                     : static_cast<const int32_t*>(ids.const_data_ptr())[i];
+  }
+  std::vector<int64_t> known = values;
+  std::sort(known.begin(), known.end());
+  known.erase(std::unique(known.begin(), known.end()), known.end());
+  std::vector<int32_t> numbers(count);
+  for (int64_t i = 0; i < count; ++i) {
+    numbers[i] = static_cast<int32_t>(std::lower_bound(known.begin(), known.end(), values[i]) - known.begin());
+  }
+  return numbers;
+}
+
+struct Settings {
+  int64_t offset, query_offset, positives;
+  std::vector<int64_t> directions;
+  bool per_direction;
+  Hardness hardness;
+  float scale, strength;
+  bool relative;
+  float margin;
+  int64_t workspace;
+};
+
+// One direction: rows of `left` against the first `columns` rows of `right`.
+struct Part {
+  Side *left, *right;
+  int64_t left_offset, own, columns;
+};
+
+class Loss {
+ public:
+  Loss(const Settings& settings, Side& queries, Side& documents, Side& all_queries)
+      : settings_(settings), rows_(queries.x.rows), guided_(documents.guide) {
+    for (const int64_t direction : settings.directions) {
+      STD_TORCH_CHECK(direction >= kQueryToDoc && direction <= kDocToDoc, "directions: expected 0 to 3");
+      const bool from_query = direction == kQueryToDoc || direction == kQueryToQuery;
+      const bool to_query = direction == kQueryToQuery || direction == kDocToQuery;
+      Part part = {from_query ? &queries : &documents, to_query ? &all_queries : &documents,
+                   from_query ? 0 : settings.offset, to_query ? settings.query_offset : settings.offset, 0};
+      // A guide compares positives with positives alone.
+      part.columns = direction == kDocToDoc && guided_ ? settings.positives : part.right->x.rows;
+      columns_ += part.columns;
+      parts_.push_back(part);
+    }
+    // Two blocks of the same size are better than a full one and a small one.
+    const int64_t row_bytes = columns_ * 4 * (guided_ ? 2 : 1);
+    int64_t most = std::min(kMostRows, settings.workspace / std::max<int64_t>(row_bytes, 1));
+    most = std::max<int64_t>(most, 1);
+    const int64_t blocks = std::max<int64_t>((rows_ + most - 1) / most, 1);
+    block_rows_ = (rows_ + blocks - 1) / blocks;
+    scores_ = new_tensor({block_rows_, columns_}, ScalarType::Float);
+    if (guided_) guides_ = new_tensor({block_rows_, columns_}, ScalarType::Float);
+  }
+
+  void run(float* losses, const float* weights, float* slopes) {
+    for (int64_t begin = 0; begin < rows_; begin += block_rows_) {
+      const int64_t count = std::min(block_rows_, rows_ - begin);
+      Contrastive p = describe(begin, count);
+      p.losses = losses + begin;
+      if (weights != nullptr) {
+        p.weights = weights + begin;
+        p.slopes = slopes + begin;
+      }
+      const ContrastiveFn kernel = kernels().contrastive;
+      torch::stable::parallel_for(0, count, grain(8 * columns_),
+                                  [&](int64_t from, int64_t to) { kernel(p, from, to); });
+      if (weights != nullptr) add_gradients(p, begin, count);
+    }
+  }
+
+ private:
+  // Fills the workspace with the similarities of `count` rows and says what they are.
+  Contrastive describe(int64_t begin, int64_t count) {
+    Contrastive p = {};
+    p.segment_count = static_cast<int64_t>(parts_.size());
+    p.group_count = settings_.per_direction ? p.segment_count : 1;
+    p.scale = settings_.scale;
+    p.relative = settings_.relative;
+    p.margin = settings_.margin;
+    float* scores = static_cast<float*>(scores_.mutable_data_ptr());
+    float* guides = guided_ ? static_cast<float*>(guides_.mutable_data_ptr()) : nullptr;
+    for (int64_t n = 0; n < p.segment_count; ++n) {
+      const Part& part = parts_[n];
+      const int64_t left = part.left_offset + begin;
+      ContrastiveSegment& s = p.segments[n];
+      s.columns = part.columns;
+      s.scores = scores;
+      similarities(part.left->x, left, count, part.right->x, part.columns, scores);
+      if (guided_) {
+        s.guide = guides;
+        similarities(*part.left->guide, left, count, *part.right->guide, part.columns, guides);
+        guides += count * part.columns;
+      }
+      s.row_scale = part.left->x.reciprocal ? part.left->x.reciprocal.get() + left : nullptr;
+      s.column_scale = part.right->x.reciprocal.get();
+      s.ids = part.right->ids.empty() ? nullptr : part.right->ids.data();
+      s.own = part.own + begin;
+      set_direction(s, n);
+      scores += count * part.columns;
+    }
+    return p;
+  }
+
+  void set_direction(ContrastiveSegment& s, int64_t n) const {
+    const int64_t direction = settings_.directions[n];
+    const bool to_query = direction == kQueryToQuery || direction == kDocToQuery;
+    s.period = to_query ? s.columns : settings_.positives;
+    s.positive = direction == kQueryToDoc || direction == kDocToQuery;
+    s.group = settings_.per_direction ? n : 0;
+    const float plain = settings_.scale, hard = plain + settings_.strength;
+    const Hardness mode = direction == kQueryToDoc ? settings_.hardness : kNoHardness;
+    s.factor = mode == kInBatchNegatives || mode == kAllNegatives ? hard : plain;
+    s.negatives_factor = mode == kHardNegatives || mode == kAllNegatives ? hard : plain;
+    s.positive_factor = plain;
+  }
+
+  static void similarities(const Embeddings& left, int64_t begin, int64_t count, const Embeddings& right,
+                           int64_t columns, float* out) {
+    Matrix m = {};
+    m.rows = count;
+    m.columns = columns;
+    m.depth = left.dim;
+    m.a = left.from(begin);
+    m.b = right.from(0);
+    m.c = out;
+    m.stride_c = columns;
+    m.norm_a = left.norm ? left.norm.get() + begin : nullptr;
+    m.norm_b = right.norm.get();
+    m.eps = kEps;
+    multiply(m, kernels().matrix[left.dtype][right.dtype]);
+  }
+
+  // Adds the block's gradient to those of both sides, through its scores and the other side.
+  void add_gradients(const Contrastive& p, int64_t begin, int64_t count) {
+    for (int64_t n = 0; n < p.segment_count; ++n) {
+      const Part& part = parts_[n];
+      const int64_t left = part.left_offset + begin;
+      Matrix m = {};
+      m.add = true;
+      m.columns = m.stride_c = part.left->x.dim;
+      m.rows = count;
+      m.depth = part.columns;
+      m.a = {p.segments[n].scores, part.columns, 1};
+      m.b = part.right->x.turned_from(0);
+      m.c = part.left->gradient_from(left);
+      multiply(m, kernels().matrix[0][part.right->x.dtype]);
+      m.rows = part.columns;
+      m.depth = count;
+      m.a = {p.segments[n].scores, 1, part.columns};
+      m.b = part.left->x.turned_from(left);
+      m.c = part.right->gradient_from(0);
+      multiply(m, kernels().matrix[0][part.left->x.dtype]);
+    }
+  }
+
+  const Settings& settings_;
+  int64_t rows_, columns_ = 0, block_rows_ = 1;
+  bool guided_;
+  std::vector<Part> parts_;
+  Tensor scores_, guides_;
+};
+
+struct Inputs {
+  Side queries, documents;
+  std::optional<Side> all_queries;
+  Settings settings;
+
+  Side& everyone() { return all_queries ? *all_queries : queries; }
+};
+
+Inputs inputs(const Tensor& queries, const Tensor& documents, const Optional& all_queries, const Optional& scale_tensor,
+              double scale, bool cosine, int64_t offset, int64_t positives, const std::vector<int64_t>& directions,
+              bool per_direction, int64_t hardness, double strength, const Optional& query_ids,
+              const Optional& document_ids, const Optional& guide_queries, const Optional& guide_documents,
+              const Optional& guide_all_queries, bool relative, double margin, int64_t workspace) {
+  Inputs in = {Side(queries, cosine, guide_queries, "queries"), Side(documents, cosine, guide_documents, "documents"),
+               std::nullopt, Settings{}};
+  if (all_queries) in.all_queries.emplace(*all_queries, cosine, guide_all_queries, "all_queries");
+  Side& everyone = in.everyone();
+  for (Side* side : {&in.documents, &everyone}) {
+    STD_TORCH_CHECK(side->x.dim == in.queries.x.dim && side->x.dtype == in.queries.x.dtype,
+                    "documents, all_queries: expected the columns and the dtype of queries");
+    STD_TORCH_CHECK(side->guide.has_value() == in.queries.guide.has_value(), "guide: expected one for each matrix");
+  }
+  const int64_t rows = in.queries.x.rows, query_offset = all_queries ? offset : 0;
+  STD_TORCH_CHECK(positives >= 0 && positives <= in.documents.x.rows, "positives: expected at most the documents");
+  STD_TORCH_CHECK(offset >= 0 && offset + rows <= positives && query_offset + rows <= everyone.x.rows,
+                  "offset: expected the rows to be among positives and all_queries");
+  STD_TORCH_CHECK(!directions.empty() && directions[0] == kQueryToDoc && directions.size() <= kContrastiveSegments,
+                  "directions: expected one to four, query_to_doc first");
+  STD_TORCH_CHECK(hardness >= kNoHardness && hardness <= kAllNegatives, "hardness: expected 0 to 3, got ", hardness);
+  float factor = static_cast<float>(scale);
+  if (scale_tensor) {
+    STD_TORCH_CHECK(
+        scale_tensor->is_cpu() && scale_tensor->numel() == 1 && scale_tensor->scalar_type() == ScalarType::Float,
+        "scale_tensor: expected one float32");
+    factor *= *static_cast<const float*>(scale_tensor->const_data_ptr());
+  }
+  if (query_ids) everyone.ids = numbered(*query_ids, everyone.x.rows, "query_ids");
+  if (document_ids) in.documents.ids = numbered(*document_ids, in.documents.x.rows, "document_ids");
+  in.settings = {offset,        query_offset,
+                 positives,     directions,
+                 per_direction, static_cast<Hardness>(hardness),
+                 factor,        static_cast<float>(strength),
+                 relative,      static_cast<float>(margin),
+                 workspace};
+  return in;
+}
+
+#define SENTFAST_LOSS_PARAMETERS                                                                                      \
+  const Tensor &queries, const Tensor &documents, const Optional &all_queries, const Optional &scale_tensor,          \
+      double scale, bool cosine, int64_t offset, int64_t positives, const std::vector<int64_t>&directions,            \
+      bool per_direction, int64_t hardness, double strength, const Optional &query_ids, const Optional &document_ids, \
+      const Optional &guide_queries, const Optional &guide_documents, const Optional &guide_all_queries,              \
+      bool relative, double margin, int64_t workspace
+#define SENTFAST_LOSS_ARGUMENTS                                                                                 \
+  queries, documents, all_queries, scale_tensor, scale, cosine, offset, positives, directions, per_direction,   \
+      hardness, strength, query_ids, document_ids, guide_queries, guide_documents, guide_all_queries, relative, \
+      margin, workspace
+
+Tensor contrastive_loss(SENTFAST_LOSS_PARAMETERS) {
+  Inputs in = inputs(SENTFAST_LOSS_ARGUMENTS);
+  Tensor losses = new_tensor({in.queries.x.rows}, ScalarType::Float);
+  Loss(in.settings, in.queries, in.documents, in.everyone())
+      .run(static_cast<float*>(losses.mutable_data_ptr()), nullptr, nullptr);
+  return losses;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_loss_forward(SENTFAST_LOSS_PARAMETERS,
+                                                                            const Optional& weights) {
+  Inputs in = inputs(SENTFAST_LOSS_ARGUMENTS);
+  const int64_t rows = in.queries.x.rows;
+  Tensor losses = new_tensor({rows}, ScalarType::Float);
+  const Floats weight(new float[rows]), slopes(new float[rows]);
+  if (weights) {
+    STD_TORCH_CHECK(weights->is_cpu() && weights->numel() == rows && weights->scalar_type() == ScalarType::Float,
+                    "weights: expected float32, one per row");
+    const Tensor dense = torch::stable::contiguous(*weights);
+    std::copy_n(static_cast<const float*>(dense.const_data_ptr()), rows, weight.get());
+  } else {
+    std::fill_n(weight.get(), rows, 1.0f / static_cast<float>(rows));
+  }
+  in.queries.start_gradient();
+  in.documents.start_gradient();
+  if (in.all_queries) in.all_queries->start_gradient();
+  Loss(in.settings, in.queries, in.documents, in.everyone())
+      .run(static_cast<float*>(losses.mutable_data_ptr()), weight.get(), slopes.get());
+  in.queries.finish_gradient();
+  in.documents.finish_gradient();
+  if (in.all_queries) in.all_queries->finish_gradient();
+  double by_scale = 0;
+  for (int64_t i = 0; i < rows; ++i) by_scale += static_cast<double>(weight[i]) * slopes[i];
+  Tensor grad_scale = new_tensor({}, ScalarType::Float);
+  *static_cast<float*>(grad_scale.mutable_data_ptr()) = static_cast<float>(by_scale);
+  Tensor grad_all_queries = in.all_queries ? in.all_queries->result : new_tensor({0}, queries.scalar_type());
+  return {losses, in.queries.result, in.documents.result, grad_all_queries, grad_scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sentfast, CPU, m) {
+  m.impl("contrastive_loss", TORCH_BOX(&contrastive_loss));
+  m.impl("contrastive_loss_forward", TORCH_BOX(&contrastive_loss_forward));
+}
+
+}  // namespace sentfast::cpu

@@ -1,0 +1,228 @@
+"""Contrastive loss in Triton: the rows of a block; the products around them are cuBLAS'."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sentfast import reference
+from sentfast.reference.losses import Row, Segment, guide_limits
+from sentfast.registry import implements
+
+from .triton_utils import loop_bound, on_device
+
+IN_BATCH_NEGATIVES = tl.constexpr(reference.losses.IN_BATCH_NEGATIVES)
+HARD_NEGATIVES = tl.constexpr(reference.losses.HARD_NEGATIVES)
+ALL_NEGATIVES = tl.constexpr(reference.losses.ALL_NEGATIVES)
+INFINITY = tl.constexpr(float("inf"))
+_HAS_MIXED_PRODUCT = hasattr(torch.ops.aten.mm, "dtype")
+
+
+@triton.jit
+def _logit(similarity, column, own, period, scale, strength, HARDNESS: tl.constexpr):
+    value = similarity * scale
+    if HARDNESS == IN_BATCH_NEGATIVES:
+        value += tl.where(column % period != own, similarity * strength, 0.0)
+    if HARDNESS == HARD_NEGATIVES:
+        value += tl.where((column % period == own) & (column != own), similarity * strength, 0.0)
+    if HARDNESS == ALL_NEGATIVES:
+        value += tl.where(column != own, similarity * strength, 0.0)
+    return value
+
+
+@triton.jit(do_not_specialize=["first_own", "period"])
+def _statistics_kernel(
+    scores,
+    guide,
+    limits,
+    row_scale,
+    column_scale,
+    ids,
+    scale,
+    log_sums,
+    means,
+    positives,
+    columns,
+    first_own,
+    period,
+    strength,
+    POSITIVE: tl.constexpr,
+    HARDNESS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row: scores become similarities, -inf where left out; their log-sum-exp and softmax mean."""
+    row = tl.program_id(0).to(tl.int64)
+    own = row + first_own
+    scores += row * columns
+    lane = tl.arange(0, BLOCK)
+    factor = tl.load(scale)
+    if row_scale is not None:
+        left = tl.load(row_scale + row)
+    if guide is not None:
+        guide += row * columns
+        limit = tl.load(limits + row)
+    if ids is not None:
+        own_id = tl.load(ids + own)
+    most = -INFINITY
+    shift = 0.0
+    total = 0.0
+    moment = 0.0
+    for block in range(0, loop_bound(columns), BLOCK):
+        column = block + lane
+        inside = column < columns
+        value = tl.load(scores + column, mask=inside, other=-INFINITY)
+        if row_scale is not None:
+            value *= left * tl.load(column_scale + column, mask=inside, other=1.0)
+        out = column != column
+        if guide is not None:
+            out = tl.load(guide + column, mask=inside, other=-INFINITY) > limit
+            if POSITIVE:
+                out = out & (column != own)
+        elif not POSITIVE:
+            out = column % period == own
+        if ids is not None:
+            out = out | ((tl.load(ids + column, mask=inside, other=0) == own_id) & (column != own))
+        tl.store(positives + row + column * 0, value, mask=column == own)
+        value = tl.where(out | (column >= columns), -INFINITY, value)
+        tl.store(scores + column, value, mask=inside)
+        logit = _logit(value, column, own, period, factor, strength, HARDNESS)
+        top = tl.maximum(most, tl.max(logit, 0))
+        new_shift = tl.where(tl.abs(top) < INFINITY, top, 0.0)
+        kept = tl.where(most == -INFINITY, 0.0, tl.exp(shift - new_shift))
+        exponential = tl.exp(logit - new_shift)
+        total = total * kept + tl.sum(exponential, 0)
+        moment = moment * kept + tl.sum(tl.where(exponential > 0, exponential * value, 0.0), 0)
+        most = top
+        shift = new_shift
+    tl.store(log_sums + row, shift + tl.log(total))
+    tl.store(means + row, tl.where(total == 0, 0.0, moment / total))  # 0: all are left out
+
+
+@triton.jit(do_not_specialize=["first_own", "period"])
+def _gradient_kernel(
+    scores,
+    row_scale,
+    column_scale,
+    scale,
+    log_sums,
+    weights,
+    columns,
+    first_own,
+    period,
+    strength,
+    share,
+    FIRST: tl.constexpr,
+    HARDNESS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program per row and block of columns: similarities become derivatives by the plain products."""
+    row = tl.program_id(0).to(tl.int64)
+    own = row + first_own
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    scores += row * columns
+    factor = tl.load(scale)
+    value = tl.load(scores + column, mask=inside, other=-INFINITY)
+    logit = _logit(value, column, own, period, factor, strength, HARDNESS)
+    gradient = tl.exp(logit - tl.load(log_sums + row)) * share
+    if FIRST:
+        gradient -= tl.where(column == own, 1.0, 0.0)
+    gradient *= factor * tl.load(weights + row)
+    if row_scale is not None:
+        gradient *= tl.load(row_scale + row) * tl.load(column_scale + column, mask=inside, other=1.0)
+    tl.store(scores + column, gradient, mask=inside)
+
+
+def _block(columns: int) -> int:
+    return min(max(triton.next_power_of_2(columns), 16), 1024)
+
+
+def _statistics(segment: Segment, row: Row, limits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, softmax mean of the similarities and similarity of the own column, [rows] each."""
+    rows, columns = segment.scores.shape
+    log_sums, means, positives = segment.scores.new_empty(3, rows)
+    _statistics_kernel[(rows,)](
+        segment.scores,
+        segment.guide,
+        limits,
+        segment.row_scale,
+        segment.column_scale,
+        segment.ids,
+        row.scale,
+        log_sums,
+        means,
+        positives,
+        columns,
+        segment.own,
+        segment.period,
+        row.strength,
+        POSITIVE=segment.positive,
+        HARDNESS=segment.hardness,
+        BLOCK=_block(columns),
+        num_warps=4,
+    )
+    return log_sums, means, positives
+
+
+def _differentiate(segment: Segment, row: Row, log_sums: Tensor, weights: Tensor, first: bool) -> None:
+    rows, columns = segment.scores.shape
+    block = _block(columns)
+    _gradient_kernel[(rows, triton.cdiv(columns, block))](
+        segment.scores,
+        segment.row_scale,
+        segment.column_scale,
+        row.scale,
+        log_sums,
+        weights,
+        columns,
+        segment.own,
+        segment.period,
+        row.strength,
+        1.0 / row.groups,
+        FIRST=first,
+        HARDNESS=segment.hardness,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`sentfast.reference.losses.contrastive_rows`."""
+    limits = guide_limits(segments[0], row)
+    with on_device(segments[0].scores):
+        found = [_statistics(segment, row, limits) for segment in segments]
+        log_sums, means = (torch.stack([x[i] for x in found]) for i in (0, 1))
+        positive = found[0][2]
+        if row.groups == 1:
+            total = torch.logsumexp(log_sums, dim=0, keepdim=True)
+            mean = (torch.exp(log_sums - total) * means).sum(dim=0)
+            totals = total.expand_as(log_sums)
+        else:
+            totals, mean = log_sums, means.mean(dim=0)
+        losses = totals[: row.groups].mean(dim=0) - positive * row.scale
+        if weights is not None:
+            for i, segment in enumerate(segments):
+                _differentiate(segment, row, totals[i], weights, i == 0)
+    return losses, mean - positive
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b^T in float32: half numbers on the tensor cores."""
+    half = torch.float32 not in (a.dtype, b.dtype)
+    if not half and b.dtype == torch.bfloat16:  # a gradient, whose rounding is that of the result
+        a, half = a.to(torch.bfloat16), True
+    if half and a.is_cuda and _HAS_MIXED_PRODUCT:
+        return torch.mm(a, b.mT, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float().mT)
+
+
+@implements("contrastive_loss")
+def contrastive_loss(*arguments) -> Tensor:
+    return reference.contrastive_loss(*arguments, product=product, rows=contrastive_rows)
+
+
+@implements("contrastive_loss_forward")
+def contrastive_loss_forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return reference.contrastive_loss_forward(*arguments, product=product, rows=contrastive_rows)

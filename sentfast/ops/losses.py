@@ -1,0 +1,344 @@
+"""The in-batch contrastive losses of sentence-transformers as one operator that never holds the score matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sentfast import reference
+from sentfast.ops import checks
+from sentfast.reference import DIRECTIONS, HARDNESS_MODES, accumulation_dtype
+from sentfast.registry import define
+
+WORKSPACE = 64 << 20
+MARGIN_STRATEGIES = ("absolute", "relative")
+SIMILARITIES = ("cosine", "dot")
+
+_ARGUMENTS = (
+    "Tensor queries, Tensor documents, Tensor? all_queries, Tensor? scale_tensor, float scale, bool cosine, int offset,"
+    " int positives, int[] directions, bool per_direction, int hardness, float strength, Tensor? query_ids,"
+    " Tensor? document_ids, Tensor? guide_queries, Tensor? guide_documents, Tensor? guide_all_queries, bool relative,"
+    " float margin, int workspace"
+)
+
+
+def _fake(queries, *arguments):
+    return queries.new_empty(queries.shape[0], dtype=accumulation_dtype(queries.dtype))
+
+
+def _forward_fake(queries, documents, all_queries, *arguments):
+    losses = _fake(queries)
+    grad_all_queries = queries.new_empty(0) if all_queries is None else queries.new_empty(all_queries.shape)
+    return (
+        losses,
+        queries.new_empty(queries.shape),
+        queries.new_empty(documents.shape),
+        grad_all_queries,
+        losses.new_empty(()),
+    )
+
+
+_contrastive_loss = define(
+    f"contrastive_loss({_ARGUMENTS}) -> Tensor", reference=reference.contrastive_loss, fake=_fake
+)
+# The losses and, for weights (None: those of the mean), the gradients of weights @ losses.
+_contrastive_loss_forward = define(
+    f"contrastive_loss_forward({_ARGUMENTS}, Tensor? weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.contrastive_loss_forward,
+    fake=_forward_fake,
+)
+
+
+def _prefixes(arguments: tuple, dim: int | None) -> tuple:
+    if dim is None:
+        return arguments
+    return *(None if x is None else x[:, :dim] for x in arguments[:3]), *arguments[3:]
+
+
+def _losses(dims: tuple, dim_weights: tuple, arguments: tuple) -> Tensor:
+    """[B]: the weighted sum over the prefixes."""
+    parts = [_contrastive_loss(*_prefixes(arguments, dim)) for dim in dims]
+    if len(parts) == 1 and dim_weights[0] == 1:
+        return parts[0]
+    return sum(factor * part for factor, part in zip(dim_weights, parts, strict=True))  # type: ignore[return-value]
+
+
+def _losses_and_gradients(
+    dims: tuple, dim_weights: tuple, arguments: tuple, weights: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The losses [B] and the gradients to queries, documents, all_queries and scale, summed over the prefixes."""
+    if dims == (None,) and dim_weights[0] == 1:
+        losses, *gradients = _contrastive_loss_forward(*arguments, weights)
+        return losses, gradients
+    dtype = accumulation_dtype(arguments[0].dtype)
+    totals = [x.new_zeros(x.shape if x is not None else (0,), dtype=dtype) for x in arguments[:2]]
+    totals.append(totals[0].new_zeros((0,) if arguments[2] is None else arguments[2].shape))
+    losses = totals[0].new_zeros(len(arguments[0]))
+    scale = totals[0].new_zeros(())
+    for dim, factor in zip(dims, dim_weights, strict=True):
+        part, *gradients = _contrastive_loss_forward(*_prefixes(arguments, dim), weights)
+        losses = losses + factor * part
+        scale = scale + factor * gradients[3]
+        for total, gradient in zip(totals, gradients[:3], strict=True):
+            if gradient.ndim == 2:
+                total[:, :dim].add_(gradient, alpha=factor)
+    return losses, [*(total.to(arguments[0].dtype) for total in totals), scale]
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    """The mean's gradient is known up to a factor, so its forward pass makes it too: three products, not four."""
+
+    @staticmethod
+    def forward(ctx: Any, mean, dims, dim_weights, *arguments):
+        ctx.settings = mean, dims, dim_weights, arguments[4:12], arguments[17:]
+        if mean:
+            losses, gradients = _losses_and_gradients(dims, dim_weights, arguments, None)
+            ctx.save_for_backward(*gradients)
+            return losses.mean()
+        ctx.save_for_backward(*arguments[:4], *arguments[12:17])
+        return _losses(dims, dim_weights, arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        mean, dims, dim_weights, numbers, rest = ctx.settings
+        saved = ctx.saved_tensors
+        if mean:
+            gradients = [gradient * grad.to(gradient.dtype) for gradient in saved]
+        else:
+            arguments = *saved[:4], *numbers, *saved[4:], *rest
+            gradients = _losses_and_gradients(dims, dim_weights, arguments, grad)[1]
+        needed = ctx.needs_input_grad[3:7]
+        given = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+        return None, None, None, *given, *(None for _ in range(16))
+
+
+def _matrix(name: str, x: object, other_name: str, other: Tensor | None, dtype: bool = True) -> Tensor:
+    checked = checks.floats(name, x, "[rows, D]", (2,))
+    if other is not None:
+        if checked.shape[1] != other.shape[1]:
+            raise ValueError(
+                f"{name}: expected {other.shape[1]} columns as {other_name} has, got {checks.describe(checked)}"
+            )
+        if checked.dtype != other.dtype:
+            raise TypeError(f"{name}: expected the dtype of {other_name} ({other.dtype}), got {checked.dtype}")
+        checks.same_device(name, checked, other_name, other)
+    return checked
+
+
+def _ids(name: str, ids: object, count: int, queries: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {checks.describe(ids)}")
+    if ids.shape != (count,):
+        raise ValueError(f"{name}: expected {count} of them, got shape {list(ids.shape)}")
+    checks.same_device(name, ids, "queries", queries)
+
+
+def _one_of(name: str, value: object, allowed: Sequence) -> int:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {tuple(allowed)}, got {value!r}")
+    return allowed.index(value)
+
+
+def _directions(directions: Sequence[str], partition_mode: str) -> list[int]:
+    if isinstance(directions, str):
+        raise TypeError(f"directions: expected a sequence of names, got {directions!r}")
+    numbers = sorted({_one_of("directions", direction, DIRECTIONS) for direction in directions})
+    if not numbers or numbers[0] != reference.losses.QUERY_TO_DOC:
+        raise ValueError(f"directions: expected 'query_to_doc' among them, got {tuple(directions)!r}")
+    if _one_of("partition_mode", partition_mode, ("joint", "per_direction")) and {1, 3} & set(numbers):
+        raise ValueError(
+            "partition_mode: expected 'joint' with the directions 'query_to_query' and 'doc_to_doc', which hold no"
+            " positive, got 'per_direction'"
+        )
+    return numbers
+
+
+def _scale(scale: object, queries: Tensor) -> tuple[Tensor | None, float]:
+    if isinstance(scale, Tensor):
+        if scale.ndim != 0 or not scale.is_floating_point():
+            raise ValueError(f"scale: expected a number or a 0-d floating-point tensor, got {checks.describe(scale)}")
+        checks.same_device("scale", scale, "queries", queries)
+        if checks.values_readable(scale) and not scale.item() > 0:
+            raise ValueError(f"scale: expected more than 0, got {scale.item()}")
+        return scale.to(accumulation_dtype(queries.dtype)), 1.0
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or a 0-d tensor, got {checks.describe(scale)}")
+    if not scale > 0:
+        raise ValueError(f"scale: expected more than 0, got {scale}")
+    return None, float(scale)
+
+
+def _guides(guide: Sequence[Tensor], queries: Tensor, documents: Tensor, all_queries: Tensor | None) -> list:
+    if not isinstance(guide, (tuple, list)) or len(guide) not in (2, 3):
+        raise TypeError(f"guide: expected (guide_queries, guide_documents[, guide_all_queries]), got {guide!r:.80}")
+    if len(guide) == 2 and all_queries is not None:
+        raise ValueError("guide: expected guide_all_queries as the third, because there are all_queries")
+    if len(guide) == 3 and all_queries is None:
+        raise ValueError("guide: expected two of them, because there are no all_queries")
+    first = _matrix("guide[0]", guide[0], "guide[0]", None)
+    checks.same_device("guide[0]", first, "queries", queries)
+    for i, (x, of) in enumerate(zip(guide, (queries, documents, all_queries), strict=False)):
+        _matrix(f"guide[{i}]", x, "guide[0]", first)
+        if of is not None and len(x) != len(of):
+            raise ValueError(f"guide[{i}]: expected {len(of)} rows, got {len(x)}")
+    return [guide[0].detach(), guide[1].detach(), guide[2].detach() if len(guide) == 3 else None]
+
+
+def _dims(
+    dims: Sequence[int] | None, dim_weights: Sequence[float] | None, columns: int
+) -> tuple[tuple[int | None, ...], tuple[float, ...]]:
+    if dims is None:
+        if dim_weights is not None:
+            raise ValueError("dim_weights: expected None without dims")
+        return (None,), (1.0,)
+    if not dims or not all(isinstance(dim, int) and 0 < dim <= columns for dim in dims):
+        raise ValueError(f"dims: expected numbers from 1 to {columns}, got {tuple(dims)!r}")
+    if dim_weights is None:
+        return tuple(dims), (1.0,) * len(dims)
+    if len(dim_weights) != len(dims):
+        raise ValueError(f"dim_weights: expected {len(dims)} of them, one for each of dims, got {len(dim_weights)}")
+    return tuple(dims), tuple(map(float, dim_weights))
+
+
+def _check_counts(offset: int, positives: int, queries: Tensor, documents: Tensor, all_queries: Tensor | None) -> None:
+    count = len(queries)
+    if not 0 <= positives <= len(documents):
+        raise ValueError(f"positives: expected at most the {len(documents)} documents, got {positives}")
+    most = positives if all_queries is None else min(positives, len(all_queries))
+    if not 0 <= offset <= most - count:
+        raise ValueError(
+            f"offset: expected {count} rows from it on among {positives} positives"
+            + ("" if all_queries is None else f" and {len(all_queries)} all_queries")
+            + f", got {offset}"
+        )
+
+
+def _check_workspace(workspace: int, numbers: list[int], everyone: int, positives: int, x: Tensor, guided: bool) -> int:
+    columns = [len(x), everyone, everyone, positives if guided else len(x)]
+    size = 8 if x.dtype == torch.float64 else 4
+    needed = sum(columns[number] for number in numbers) * size * (1 + guided)
+    if workspace < needed:
+        raise ValueError(f"workspace: expected at least the {needed} bytes of one row's scores, got {workspace}")
+    return workspace
+
+
+def contrastive_loss(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    all_queries: Tensor | None = None,
+    offset: int = 0,
+    positives: int | None = None,
+    scale: float | Tensor = 20.0,
+    similarity: Literal["cosine", "dot"] = "cosine",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: Literal["joint", "per_direction"] = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    query_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    guide: Sequence[Tensor] | None = None,
+    margin_strategy: Literal["absolute", "relative"] = "absolute",
+    margin: float = 0.0,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+    workspace: int = WORKSPACE,
+) -> Tensor:
+    r"""In-batch contrastive loss (InfoNCE) of queries and documents, without the matrix of their scores.
+
+    .. math:: L_i = \frac{1}{|G|} \sum_{g \in G} \log \sum_{j \in g} e^{z_{ij}} - z_{i, \text{offset} + i},
+              \qquad z_{ij} = \text{scale} \cdot s_{ij} + \text{strength} \cdot \text{stop\_grad}(s_{ij})
+
+    The second term of z belongs to the negatives that `hardness_mode` names in "query_to_doc". Each direction gives row
+    i candidates j; "joint" puts them in one group g, "per_direction" in one each:
+
+    - "query_to_doc": query i with every document (always there);
+    - "query_to_query": query i with all_queries, its own left out;
+    - "doc_to_query": positive i with all_queries;
+    - "doc_to_doc": positive i with every document, those of its own query left out.
+
+    Args:
+        queries: [B, D]; documents: [N, D]: `positives` positives, one per query of all processes, then as many first
+            negatives, and so on; float32, bfloat16, float16 (float64 by plain PyTorch), the same dtype; any strides.
+        all_queries: [B_all, D], the queries gathered from all processes, where `queries` are only this process's;
+            None: queries.
+        offset: row i's positive is documents[offset + i], its own query all_queries[offset + i] (queries[i]).
+        positives: None: as many as all_queries, or else queries.
+        scale: above 0; a 0-d tensor gets a gradient.
+        similarity: "cosine" or "dot".
+        hardness_mode: None, "in_batch_negatives" (documents of other queries), "hard_negatives" (own negatives) or
+            "all_negatives" (all but the positive), with hardness_strength of at least 0.
+        query_ids, document_ids: int64 or int32, [B_all] and [N]. A candidate whose id is that of the row's own query or
+            positive counts as its duplicate and is left out, except the own query or positive itself.
+        guide: (guide_queries [B, E], guide_documents [N, E][, guide_all_queries [B_all, E]]), embeddings of another
+            model. A candidate whose cosine g by the guide is above the limit is left out, except the positive: with the
+            guide's cosine t of query i and its positive, t - margin ("absolute") or t - margin |t| ("relative"). With a
+            guide "doc_to_doc" has the positives alone as columns, and the limit alone leaves out a row's own.
+        dims: prefix lengths; the loss is the sum over them, times dim_weights (None: 1), each prefix normalised by
+            itself, with "dot" too.
+        reduction: "mean", or "none" for [B] losses.
+        workspace: bytes of scores held at a time; at least one row's, which is 4 bytes per candidate (8 for float64;
+            twice that with a guide).
+
+    Returns:
+        0-d or [B]; float32 for float32 and half inputs (products, norms and sums accumulate in float32), else float64.
+        The mean of no rows is NaN, as in PyTorch.
+
+    Gradients: to queries, documents, all_queries and scale, not differentiable twice; with reduction "mean" they are
+    computed in the forward pass. torch.func transforms are refused by PyTorch; autocast changes nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Follows ``MultipleNegativesRankingLoss``, ``GISTEmbedLoss`` and ``MatryoshkaLoss`` of sentence-transformers 6.2.
+    """
+    _matrix("queries", queries, "", None)
+    _matrix("documents", documents, "queries", queries)
+    everyone = len(queries)
+    if all_queries is not None:
+        everyone = len(_matrix("all_queries", all_queries, "queries", queries))
+    positives = everyone if positives is None else positives
+    _check_counts(offset, positives, queries, documents, all_queries)
+    scale_tensor, factor = _scale(scale, queries)
+    numbers = _directions(directions, partition_mode)
+    hardness = _one_of("hardness_mode", hardness_mode, HARDNESS_MODES)
+    if not hardness_strength >= 0:
+        raise ValueError(f"hardness_strength: expected at least 0, got {hardness_strength}")
+    if query_ids is not None:
+        _ids("query_ids", query_ids, everyone, queries)
+    if document_ids is not None:
+        _ids("document_ids", document_ids, len(documents), queries)
+    guides = [None] * 3 if guide is None else _guides(guide, queries, documents, all_queries)
+    lengths, weights = _dims(dims, dim_weights, queries.shape[1])
+    mean = _one_of("reduction", reduction, ("none", "mean")) == 1
+    _check_workspace(workspace, numbers, everyone, positives, documents, guide is not None)
+    arguments = (
+        queries,
+        documents,
+        all_queries,
+        scale_tensor,
+        factor,
+        _one_of("similarity", similarity, SIMILARITIES) == 0 or dims is not None,
+        offset,
+        positives,
+        numbers,
+        partition_mode == "per_direction" and len(numbers) > 1,
+        hardness if hardness_strength > 0 else 0,
+        float(hardness_strength),
+        query_ids,
+        document_ids,
+        *guides,
+        _one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES) == 1,
+        float(margin),
+        workspace,
+    )
+    if any(x is not None and checks.needs_function(x) for x in arguments[:4]):
+        return _ContrastiveLoss.apply(mean, lengths, weights, *arguments)
+    losses = _losses(lengths, weights, arguments)
+    return losses.mean() if mean else losses

@@ -1,0 +1,335 @@
+"""In-batch contrastive losses, a block of rows at a time: the matrix of all scores never exists.
+
+The scores of a block are plain products; the norms of a cosine are factors of rows and columns. So nothing is
+normalised beforehand, and the gradient of a block, times the same factors, gives both sides' gradients by products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sentfast.reference.precision import accumulation_dtype
+from sentfast.reference.similarity import NORMALIZE_EPS, dot_similarity
+
+# The integers that stand for these in the operator's schema are their indices.
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+QUERY_TO_DOC, QUERY_TO_QUERY, DOC_TO_QUERY, DOC_TO_DOC = range(4)
+HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
+NO_HARDNESS, IN_BATCH_NEGATIVES, HARD_NEGATIVES, ALL_NEGATIVES = range(4)
+
+
+@dataclass
+class Segment:
+    """Scores of a block's rows with the columns of one direction; `row_scale` and `column_scale` are 1 / norms.
+
+    Row i has its own columns at own + i + k * period: its positive first, or its own query. The first is never left
+    out where `positive` says so; elsewhere all own columns are left out, with a guide only if it says so.
+    """
+
+    scores: Tensor  # [rows, columns] plain products, which become the gradient
+    guide: Tensor | None  # [rows, columns]
+    row_scale: Tensor | None
+    column_scale: Tensor | None
+    own_ids: Tensor | None  # [rows]
+    ids: Tensor | None  # [columns]
+    own: int
+    period: int
+    positive: bool
+    hardness: int = NO_HARDNESS
+    group: int = 0
+
+
+@dataclass
+class Row:
+    """What is the same for every row."""
+
+    scale: Tensor  # 0-d
+    strength: float
+    groups: int  # log-sum-exps, whose mean counts
+    relative: bool
+    margin: float
+
+
+def _indices(segment: Segment) -> tuple[Tensor, Tensor]:
+    """The first own column of each row, [rows, 1], and all columns, [columns]."""
+    rows, columns = segment.scores.shape
+    device = segment.scores.device
+    return segment.own + torch.arange(rows, device=device).unsqueeze(1), torch.arange(columns, device=device)
+
+
+def guide_limits(segment: Segment, row: Row) -> Tensor | None:
+    """The guide's score of each row's positive less the margin, [rows]: what is above it counts as a positive."""
+    if segment.guide is None:
+        return None
+    positive = segment.guide.diagonal(segment.own)[: len(segment.guide)]
+    return positive - (positive.abs() * row.margin if row.relative else row.margin)
+
+
+def _left_out(segment: Segment, limits: Tensor | None) -> Tensor:
+    own, column = _indices(segment)
+    first = column == own
+    if segment.guide is not None and limits is not None:
+        out = segment.guide > limits.unsqueeze(1)
+        if segment.positive:
+            out &= ~first
+    elif segment.positive:
+        out = torch.zeros_like(first)
+    else:
+        out = column % segment.period == own
+    if segment.ids is not None and segment.own_ids is not None:
+        out |= (segment.own_ids.unsqueeze(1) == segment.ids) & ~first
+    return out
+
+
+def _penalised(segment: Segment) -> Tensor:
+    own, column = _indices(segment)
+    first, of_row = column == own, column % segment.period == own
+    if segment.hardness == IN_BATCH_NEGATIVES:
+        return ~of_row
+    return of_row & ~first if segment.hardness == HARD_NEGATIVES else ~first
+
+
+def _similarities(segment: Segment) -> Tensor:
+    if segment.row_scale is None or segment.column_scale is None:
+        return segment.scores
+    return segment.scores * segment.row_scale.unsqueeze(1) * segment.column_scale
+
+
+def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The losses of a block of rows, [rows], and their derivatives by the scale, [rows].
+
+    With weights [rows] the scores become the derivatives of weights @ losses by the plain products.
+    """
+    limits = guide_limits(segments[0], row)
+    similarities, logits, outs = [], [], []
+    for segment in segments:
+        similarity, out = _similarities(segment), _left_out(segment, limits)
+        logit = similarity * row.scale
+        if segment.hardness != NO_HARDNESS:
+            logit = logit + torch.where(_penalised(segment), row.strength * similarity, 0)
+        similarities.append(similarity)
+        logits.append(logit.masked_fill(out, -torch.inf))
+        outs.append(out)
+    groups = [[x for x, s in zip(logits, segments, strict=True) if s.group == g] for g in range(row.groups)]
+    log_sums = [torch.logsumexp(torch.cat(group, dim=1), dim=1) for group in groups]
+    first = segments[0]
+    own, column = _indices(first)
+    losses = torch.stack(log_sums).mean(dim=0) - logits[0].gather(1, own).squeeze(1)
+    slopes = torch.zeros_like(losses)
+    if weights is None:
+        return losses, slopes
+    for segment, similarity, logit, out in zip(segments, similarities, logits, outs, strict=True):
+        gradient = torch.exp(logit - log_sums[segment.group].unsqueeze(1)) / row.groups
+        if segment is first:
+            gradient = gradient - (column == own).to(gradient.dtype)
+        slopes += (gradient * similarity).masked_fill(out, 0).sum(dim=1)
+        gradient = gradient * (weights * row.scale).unsqueeze(1)
+        segment.scores = gradient
+        segment.scores = _similarities(segment)
+    return losses, slopes
+
+
+@dataclass
+class Side:
+    """Embeddings with their norms, the gradient that they gather, their ids, and the guide's."""
+
+    x: Tensor
+    norm: Tensor | None
+    gradient: Tensor | None
+    ids: Tensor | None
+    guide: Tensor | None
+    guide_norm: Tensor | None
+
+    def rows(self, begin: int, end: int) -> Side:
+        return replace(self, **{name: x[begin:end] for name, x in vars(self).items() if x is not None})
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.to(accumulation_dtype(x.dtype)), dim=-1)
+
+
+def _reciprocal(norm: Tensor) -> Tensor:
+    return 1 / norm.clamp(min=NORMALIZE_EPS)
+
+
+def _side(x: Tensor, cosine: bool, gradient: bool, ids: Tensor | None, guide: Tensor | None) -> Side:
+    dtype = accumulation_dtype(x.dtype)
+    return Side(
+        x,
+        _norm(x) if cosine else None,
+        torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if gradient else None,
+        ids,
+        guide,
+        None if guide is None else _norm(guide),
+    )
+
+
+def _through_norm(side: Side) -> Tensor:
+    """The gradient to x; below eps the norm is a constant, so nothing is taken away along x."""
+    assert side.gradient is not None
+    gradient = side.gradient
+    if side.norm is not None:
+        x = side.x.to(gradient.dtype)
+        along = (x * gradient).sum(dim=-1) * _reciprocal(side.norm) ** 2
+        along = torch.where(side.norm < NORMALIZE_EPS, 0, along)
+        gradient = gradient - x * along.unsqueeze(-1)
+    return gradient.to(side.x.dtype)
+
+
+Product = Callable[[Tensor, Tensor], Tensor]
+Rows = Callable[[list[Segment], Row, "Tensor | None"], "tuple[Tensor, Tensor]"]
+
+
+@dataclass
+class Batch:
+    """The whole call."""
+
+    queries: Side
+    documents: Side
+    all_queries: Side
+    offset: int
+    query_offset: int
+    positives: int
+    directions: list[int]
+    per_direction: bool
+    hardness: int
+    workspace: int
+
+    def columns(self, direction: int) -> Side:
+        if direction in (QUERY_TO_QUERY, DOC_TO_QUERY):
+            return self.all_queries
+        # A guide compares positives with positives alone.
+        guided = direction == DOC_TO_DOC and self.documents.guide is not None
+        return self.documents.rows(0, self.positives) if guided else self.documents
+
+    def left(self, direction: int, begin: int, end: int) -> Side:
+        if direction in (QUERY_TO_DOC, QUERY_TO_QUERY):
+            return self.queries.rows(begin, end)
+        return self.documents.rows(self.offset + begin, self.offset + end)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows whose scores fit the workspace."""
+        size = torch.finfo(accumulation_dtype(self.queries.x.dtype)).bits // 8
+        columns = sum(len(self.columns(direction).x) for direction in self.directions)
+        bytes_of_row = columns * size * (1 if self.documents.guide is None else 2)
+        rows = max(1, self.workspace // max(1, bytes_of_row))
+        for begin in range(0, len(self.queries.x), rows):
+            yield begin, min(begin + rows, len(self.queries.x))
+
+    def segment(self, direction: int, begin: int, left: Side, right: Side, product: Product) -> Segment:
+        to_queries = direction in (QUERY_TO_QUERY, DOC_TO_QUERY)
+        own = (self.query_offset if to_queries else self.offset) + begin
+        ids = None if right.ids is None else right.ids[own : own + len(left.x)]
+        guide = None
+        if left.guide is not None and right.guide is not None:
+            assert left.guide_norm is not None and right.guide_norm is not None
+            guide = product(left.guide, right.guide)
+            guide *= _reciprocal(left.guide_norm).unsqueeze(1)
+            guide *= _reciprocal(right.guide_norm)
+        return Segment(
+            scores=product(left.x, right.x),
+            guide=guide,
+            row_scale=None if left.norm is None else _reciprocal(left.norm),
+            column_scale=None if right.norm is None else _reciprocal(right.norm),
+            own_ids=ids,
+            ids=right.ids,
+            own=own,
+            period=len(self.all_queries.x) if to_queries else self.positives,
+            positive=direction in (QUERY_TO_DOC, DOC_TO_QUERY),
+            hardness=self.hardness if direction == QUERY_TO_DOC else NO_HARDNESS,
+            group=self.directions.index(direction) if self.per_direction else 0,
+        )
+
+
+def _run(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Losses [B] and slopes [B] of all rows; with weights the gradients are added to the sides'."""
+    with torch.autocast(row.scale.device.type, enabled=False):
+        return _run_blocks(batch, row, weights, product, rows)
+
+
+def _run_blocks(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
+    losses, slopes = [row.scale.new_empty(0)], [row.scale.new_empty(0)]
+    for begin, end in batch.blocks():
+        sides = [(batch.left(d, begin, end), batch.columns(d)) for d in batch.directions]
+        segments = [
+            batch.segment(d, begin, left, right, product)
+            for d, (left, right) in zip(batch.directions, sides, strict=True)
+        ]
+        loss, slope = rows(segments, row, None if weights is None else weights[begin:end])
+        losses.append(loss)
+        slopes.append(slope)
+        if weights is None:
+            continue
+        for segment, (left, right) in zip(segments, sides, strict=True):
+            assert left.gradient is not None and right.gradient is not None
+            left.gradient += product(segment.scores, right.x.mT)
+            right.gradient += product(segment.scores.mT, left.x.mT)
+    return torch.cat(losses), torch.cat(slopes)
+
+
+def _prepare(
+    gradient: bool,
+    queries: Tensor,
+    documents: Tensor,
+    all_queries: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    cosine: bool,
+    offset: int,
+    positives: int,
+    directions: list[int],
+    per_direction: bool,
+    hardness: int,
+    strength: float,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+    guide_queries: Tensor | None,
+    guide_documents: Tensor | None,
+    guide_all_queries: Tensor | None,
+    relative: bool,
+    margin: float,
+    workspace: int,
+) -> tuple[Batch, Row]:
+    left = _side(queries, cosine, gradient, query_ids, guide_queries)
+    right = _side(documents, cosine, gradient, document_ids, guide_documents)
+    everyone = left
+    if all_queries is not None:
+        everyone = _side(all_queries, cosine, gradient, query_ids, guide_all_queries)
+    query_offset = 0 if all_queries is None else offset
+    batch = Batch(
+        left, right, everyone, offset, query_offset, positives, directions, per_direction, hardness, workspace
+    )
+    dtype = accumulation_dtype(queries.dtype)
+    factor = torch.full((), scale, dtype=dtype, device=queries.device)
+    if scale_tensor is not None:
+        factor = factor * scale_tensor.to(dtype)
+    return batch, Row(factor, strength, len(directions) if per_direction else 1, relative, margin)
+
+
+def contrastive_loss(*arguments, product: Product = dot_similarity, rows: Rows = contrastive_rows) -> Tensor:
+    """The losses [B] of :func:`sentfast.functional.contrastive_loss`, in the accumulation dtype."""
+    batch, row = _prepare(False, *arguments)
+    return _run(batch, row, None, product, rows)[0]
+
+
+def contrastive_loss_forward(
+    *arguments, product: Product = dot_similarity, rows: Rows = contrastive_rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses [B] and the gradients of weights @ losses to queries, documents, all_queries and scale.
+
+    The last argument: weights [B], or None for those of the mean. The gradient to all_queries is empty without them.
+    """
+    *arguments, weights = arguments  # type: ignore[assignment]
+    batch, row = _prepare(True, *arguments)
+    count = len(batch.queries.x)
+    if weights is None:
+        weights = row.scale.new_full((count,), 1 / max(count, 1))
+    losses, slopes = _run(batch, row, weights, product, rows)
+    given = batch.all_queries is not batch.queries
+    grad_all_queries = _through_norm(batch.all_queries) if given else batch.queries.x.new_empty(0)
+    grad_scale = (weights * slopes).sum()
+    return losses, _through_norm(batch.queries), _through_norm(batch.documents), grad_all_queries, grad_scale
