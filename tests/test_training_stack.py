@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -272,3 +277,45 @@ def test_a_loop_in_plain_pytorch(path):
             optimizer.zero_grad()
 
     three_runs(path, one)
+
+
+def distributed(path: str, folder: Path) -> list[dict]:
+    """What two processes over gloo have found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    trainer = all(importlib.util.find_spec(name) for name in ("datasets", "accelerate"))
+    worker = str(Path(__file__).parent / "distributed_worker.py")
+    command = [sys.executable, "-W", "ignore", worker, path, str(folder), "trainer" if trainer else "no trainer"]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(2)]
+    logs = [open(folder / f"rank{rank}.log", "w") for rank in range(2)]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        for environment, log in zip(ranks, logs, strict=True)
+    ]
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            log.close()
+    assert codes == [0, 0], "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes(path, tmp_path):
+    """Negatives gathered from both give the loss and the gradient of one process with the large batch."""
+    first, second = distributed(path, tmp_path)
+    close = dict(rtol=1e-4, atol=2e-6)
+    names = [name for name in first["ours"] if isinstance(name, str) and name != "trainer"]
+    assert len(names) >= 3
+    for name in names:
+        assert any("contrastive" in op for op in first["ours"][name, "calls"]) and not first["eager"][name, "calls"]
+        for rank in (first, second):
+            torch.testing.assert_close(rank["ours"][name], first["eager"][name, "whole"], **close)
+            torch.testing.assert_close(rank["eager"][name], first["eager"][name, "whole"], **close)
+    if "trainer" in first["ours"]:
+        ours, eager = first["ours"]["trainer"], first["eager"]["trainer"]
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, second["ours"]["trainer"], rtol=0, atol=0)
