@@ -22,6 +22,7 @@ from sentfast import native, registry
 pytestmark = pytest.mark.filterwarnings("ignore")
 NEW = VERSION >= (6, 2)
 COUNT = 7  # no multiple of the mini-batch of 3
+BACKEND = "cpu" if native.cpu_loaded() else "reference"
 OPERATORS = {"contrastive_loss", "contrastive_loss_forward"}
 MNRL, CACHED = losses.MultipleNegativesRankingLoss, losses.CachedMultipleNegativesRankingLoss
 SYMMETRIC = losses.MultipleNegativesSymmetricRankingLoss
@@ -51,11 +52,16 @@ def model(path):
 
 @pytest.fixture(scope="module")
 def guide(path):
-    """Another model with the same tokenizer."""
+    """Another model with the same tokenizer, which finds some pairs nearer than the right one and some farther."""
     other = build(path)
     torch.manual_seed(9)
     for parameter in other.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=1.0)
+    a, b, c = (torch.as_tensor(other.encode(column)) for column in columns(3))
+    cosines = util.cos_sim(a, torch.cat([b, c]))
+    out = cosines > cosines.diagonal().unsqueeze(1)
+    assert 0.2 < out.double().mean() < 0.8, cosines
     return other
 
 
@@ -87,14 +93,14 @@ def ran(operators=OPERATORS, codes=None):
     yield
     report = sentfast.report()
     assert not operators or {name for name, _ in report.calls} & operators, report
+    assert {backend for name, backend in report.calls if name in OPERATORS} <= {BACKEND}, report
     ours = {(site, code) for site, code in report.fallbacks if "Loss." in site}
     assert ours == set((codes or {}).items()), report
 
 
-def size_of(loss) -> float:
-    """What the value is made of: scores of at most the scale, once for every length."""
-    if isinstance(loss, losses.MatryoshkaLoss):
-        return len(loss.matryoshka_dims) * size_of(loss.loss)
+def scale_of(loss) -> float:
+    """The value is made of scores as large as this, and the softmax makes their rounding a relative error."""
+    loss = loss.loss if isinstance(loss, losses.MatryoshkaLoss) else loss
     return getattr(loss, "scale", None) or 1 / getattr(loss, "temperature", 1.0)
 
 
@@ -115,8 +121,9 @@ def assert_same(make, model, texts, labels=None, operators=OPERATORS, **others) 
     results = {"value": result[0], "gradient": result[1], "value without gradient": value}
     for what, got in results.items():
         original, true = (pair[what == "gradient"] for pair in (eager, exact))
+        size = max(1.0, scale_of(loss)) * (true.abs().max().item() / 8 if what == "gradient" else 1)
         assert (got.dtype, got.shape, got.device) == (original.dtype, original.shape, original.device)
-        assert_accurate(got, original, true, size=0.0 if what == "gradient" else size_of(loss), what=f"{what}, {name}")
+        assert_accurate(got, original, true, size=size, what=f"{what}, {name}")
     assert not value.requires_grad
     assert str(loss.get_config_dict()) == str(config) and type(loss).__name__ == name
 
@@ -399,7 +406,7 @@ def test_left_to_the_original(model, guide, case):
     with ran(set(), {site: code}):
         result = value_and_gradient(loss, columns(2))
         calls = {name for name, _ in sentfast.report().calls}
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
     assert not calls & OPERATORS and "pool" in calls
     if case == "a similarity of the user":
         assert "cosine_similarity" in calls, "what the original calls stays accelerated"
