@@ -1,4 +1,4 @@
-"""The losses of sentence-transformers with sentfast on: their values and gradients, by our operator where it applies."""
+"""The losses of sentence-transformers with sentfast on: same values and gradients, by our operator where it applies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 NEW = VERSION >= (6, 2)
 COUNT = 7  # no multiple of the mini-batch of 3
 BACKEND = "cpu" if native.cpu_loaded() else "reference"
-OPERATORS = {"contrastive_loss", "contrastive_loss_forward"}
+OPERATORS = {"contrastive_loss"}
 MNRL, CACHED = losses.MultipleNegativesRankingLoss, losses.CachedMultipleNegativesRankingLoss
 SYMMETRIC = losses.MultipleNegativesSymmetricRankingLoss
 CACHED_SYMMETRIC = losses.CachedMultipleNegativesSymmetricRankingLoss

@@ -8,13 +8,18 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import InputExample, SentenceTransformer, losses
-from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator, SentenceEvaluator
+from sentence_transformers.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+    SentenceEvaluator,
+)
 from torch.utils.data import DataLoader
 from training import ADAM_EPSILON, COLUMNS, COUNT, LABELS, TEXTS, PairwiseMSE, Run, compare, save_model, three_runs
 
@@ -289,18 +294,17 @@ def distributed(path: str, folder: Path) -> list[dict]:
     command = [sys.executable, "-W", "ignore", worker, path, str(folder), "trainer" if trainer else "no trainer"]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(2)]
-    logs = [open(folder / f"rank{rank}.log", "w") for rank in range(2)]
     processes = [
-        subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        for environment, log in zip(ranks, logs, strict=True)
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for environment in ranks
     ]
     try:
-        codes = [process.wait(timeout=300) for process in processes]
+        with ThreadPoolExecutor() as pool:  # reads both, so that neither waits with a full pipe
+            outputs = list(pool.map(lambda process: process.communicate(timeout=300)[0], processes))
     finally:
-        for process, log in zip(processes, logs, strict=True):
+        for process in processes:
             process.kill()
-            log.close()
-    assert codes == [0, 0], "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in outputs)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -10,7 +10,8 @@ make. MatryoshkaLoss calls its inner loss, or its ``calculate_loss``, once per l
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import itertools
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from sentfast.integrations import guards
 from sentfast.integrations.versions import Version
 
 _SIMILARITY = "sentence_transformers.util.similarity"
-_SIMILARITIES = {"cos_sim": "cosine", "pytorch_cos_sim": "cosine", "dot_score": "dot"}
+_SIMILARITIES: dict[str, Literal["cosine", "dot"]] = {
+    "cos_sim": "cosine",
+    "pytorch_cos_sim": "cosine",
+    "dot_score": "dot",
+}
 # Two texts may be equal, and then equally near: a difference in the last digits is none.
 _TIE = 4 * torch.finfo(torch.float32).eps
 _SYMMETRIC = ("query_to_doc", "doc_to_query")
@@ -59,8 +64,9 @@ def _backward(value: Tensor | str, args: tuple, kwargs: dict) -> Tensor | str:
 
 def _ranking(version: Version, loss: Any, columns: Any, directions: Any) -> Tensor | str:
     similarity = _similarity(loss.similarity_fct)
-    reason = "" if similarity else "SF101"
-    reason = reason or _plain_cross_entropy(loss) or _columns(columns) or _scale(loss.scale, columns[0])
+    if not similarity:
+        return "SF101"
+    reason = _plain_cross_entropy(loss) or _columns(columns) or _scale(loss.scale, columns[0])
     if reason:
         return reason
     queries, documents = columns[0], columns[1:]
@@ -90,7 +96,7 @@ def _ranking(version: Version, loss: Any, columns: Any, directions: Any) -> Tens
     return value.to(_score_dtype(version, loss, queries))
 
 
-def _partition(loss: Any, directions: tuple) -> str:
+def _partition(loss: Any, directions: tuple) -> Literal["joint", "per_direction"]:
     return getattr(loss, "partition_mode", "per_direction" if directions == _SYMMETRIC else "joint")
 
 
@@ -156,7 +162,7 @@ def _for_the_guide(loss: Any, features: Any) -> dict:
     ids = features["input_ids"]
     if "cu_seq_lens_q" in features:
         flat, ends = ids[0].tolist(), features["cu_seq_lens_q"].tolist()
-        ids = [flat[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        ids = [flat[start:end] for start, end in itertools.pairwise(ends)]
     texts = loss.tokenizer.batch_decode(ids, skip_special_tokens=True)
     again = getattr(loss.guide, "preprocess", None) or loss.guide.tokenize
     device = loss.guide.device
@@ -205,8 +211,8 @@ def _columns(columns: Any) -> str:
     return "SF103" if any(x.device != first.device for x in columns) else ""
 
 
-def _similarity(function: Any) -> str:
-    """Its name in our operator, if it is one of sentence-transformers' own functions."""
+def _similarity(function: Any) -> Literal["", "cosine", "dot"]:
+    """Its name in our operator; "" for other functions than sentence-transformers' own."""
     module = importlib.import_module(_SIMILARITY)
     for name, ours in _SIMILARITIES.items():
         if function is getattr(module, name, None) and function is not None:

@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 def table(version: Version) -> tuple[Row, ...]:
     """What is patched. ``model.similarity`` and ``similarity_pairwise`` call the functions."""
-    rows = (
+    rows: tuple[Row, ...] = (
         Row(f"{version.transformer}:Transformer", "forward", mark.before_forward, prepared),
         Row(f"{version.pooling}:Pooling", "forward", modules.pooling_forward),
         Row(f"{version.normalize}:Normalize", "forward", modules.normalize_forward),
