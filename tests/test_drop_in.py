@@ -305,7 +305,7 @@ def test_training_step(encoders, loss, modes):
         eager = training_gradients(model, cls(model), labels)
         exact_model = copy.deepcopy(model).double()
         exact = training_gradients(exact_model, cls(exact_model), labels if labels is None else labels.double())
-    scores = "cosine_similarity" if loss == "MultipleNegativesRankingLoss" else None
+    scores = "contrastive_loss" if loss == "MultipleNegativesRankingLoss" else None
     names = ["pool", "pool_backward", "l2_normalize", "l2_normalize_backward", *([scores] if scores else [])]
     encoder = ("varlen_attention", "dropout_add_layer_norm", "bias_activation")
     with ran(*names, *encoder, *(f"{name}_backward" for name in encoder)):

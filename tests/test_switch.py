@@ -14,7 +14,7 @@ import tempfile
 import threading
 
 import pytest
-from sentence_transformers import SentenceTransformer, __version__, models, util
+from sentence_transformers import SentenceTransformer, __version__, losses, models, util
 from sentence_transformers.util import cos_sim
 
 import sentfast
@@ -36,6 +36,16 @@ if tuple(map(int, __version__.split(".")[:2])) >= (6, 2):
     METHODS += ["_multi_process_worker", "_inference", "encode", "encode_query", "encode_document"]
 else:
     METHODS += ["_encode_multi_process_worker"]
+STEPS = {
+    "MultipleNegativesRankingLoss": "compute_loss_from_embeddings",
+    "CachedMultipleNegativesRankingLoss": "calculate_loss",
+    "GISTEmbedLoss": "forward",
+    "CachedGISTEmbedLoss": "calculate_loss",
+}
+if tuple(map(int, __version__.split(".")[:2])) < (5, 3):
+    STEPS["MultipleNegativesSymmetricRankingLoss"] = "compute_loss_from_embeddings"
+    STEPS["CachedMultipleNegativesSymmetricRankingLoss"] = "calculate_loss"
+METHODS += [f"{name}.{step}" for name, step in STEPS.items()]
 COUNT = len(FUNCTIONS) + len(METHODS)
 
 
@@ -58,6 +68,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def snapshot():
     """Everything that the switch may touch, to compare by identity."""
     classes = (models.Transformer, models.Pooling, models.Normalize, *SentenceTransformer.__mro__[:2])
+    classes += tuple(getattr(losses, name) for name in STEPS)
     return [
         *((name, value) for cls in classes for name, value in vars(cls).items()),
         *((name, getattr(util, name)) for name in FUNCTIONS),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sentfast.integrations import mark, modules, similarity, trampolines, workers
+from sentfast.integrations import losses, mark, modules, similarity, trampolines, workers
 from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, prepared, within
 from sentfast.integrations.versions import TESTED, Version, find, tested
 from sentfast.report import fallback, logger
@@ -22,6 +22,7 @@ from sentfast.switch import Site
 
 _SIMILARITY = "sentence_transformers.util.similarity"
 _TENSOR = "sentence_transformers.util.tensor"
+_MERGED = "sentence_transformers.base.losses.merged_forward"
 
 
 class Row(NamedTuple):
@@ -35,7 +36,7 @@ class Row(NamedTuple):
 
 def table(version: Version) -> tuple[Row, ...]:
     """What is patched. ``model.similarity`` and ``similarity_pairwise`` call the functions."""
-    rows = (
+    rows: tuple[Row, ...] = (
         Row(f"{version.transformer}:Transformer", "forward", mark.before_forward, prepared),
         Row(f"{version.pooling}:Pooling", "forward", modules.pooling_forward),
         Row(f"{version.normalize}:Normalize", "forward", modules.normalize_forward),
@@ -49,7 +50,28 @@ def table(version: Version) -> tuple[Row, ...]:
         Row(_TENSOR, "normalize_embeddings", similarity.normalize_embeddings),
         Row(version.worker.rpartition(".")[0], "start_multi_process_pool", workers.choices_noted, within),
     )
+    rows += _losses(version)
     return rows + _loop(version) if version.inference else rows
+
+
+def _losses(version: Version) -> tuple[Row, ...]:
+    """The in-batch losses, at the step that has embeddings already where there is one."""
+
+    def row(name: str, attribute: str, replacement: Callable) -> Row:
+        return Row(f"{version.loss_module(name)}:{name}", attribute, replacement, accelerated_loop)
+
+    rows = [
+        row("MultipleNegativesRankingLoss", "compute_loss_from_embeddings", losses.ranking_loss),
+        row("CachedMultipleNegativesRankingLoss", "calculate_loss", losses.cached_ranking_loss),
+        row("CachedGISTEmbedLoss", "calculate_loss", losses.cached_guided_loss),
+    ]
+    if version.guided_forward:
+        rows.append(row("GISTEmbedLoss", "forward", losses.guided_loss))
+    if version.symmetric_class:
+        name = "MultipleNegativesSymmetricRankingLoss"
+        rows.append(row(name, "compute_loss_from_embeddings", losses.symmetric_ranking_loss))
+        rows.append(row(f"Cached{name}", "calculate_loss", losses.cached_symmetric_ranking_loss))
+    return tuple(rows)
 
 
 def _loop(version: Version) -> tuple[Row, ...]:
@@ -74,7 +96,8 @@ def resolve(text: str) -> Version | None:
     version = find(text)
     if version is None:
         return None
-    return replace(version, to_tensor=importlib.import_module(_TENSOR)._convert_to_tensor)
+    merged = importlib.import_module(_MERGED).embed_columns if version.first >= (6, 0) else None
+    return replace(version, to_tensor=importlib.import_module(_TENSOR)._convert_to_tensor, embed_columns=merged)
 
 
 def sites() -> Iterator[Site]:

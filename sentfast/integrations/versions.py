@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 TESTED = "5.1 up to, not including, 6.3"
@@ -29,8 +29,13 @@ class Version:
         first_column: modes whose result agrees with our operator's only if every row's first column is in use.
         normalizes_dimension_1: normalisation goes along dimension 1 instead of the last.
         euclidean_zero_gradient: the gradient of the pairwise Euclidean similarity is 0 at distance 0, else NaN.
+        losses: package of the losses; `loss_module` gives the module of one.
+        symmetric_class: the symmetric losses have code of their own.
+        guided_forward: `forward` of GISTEmbedLoss is known, and does what ours does.
+        guide_as_reference: with gathered documents or a relative margin, the guide leaves out what our operator does.
         angle_is_cosine_and_sine: the pairwise angle similarity is made of unit vectors: 0 for zero vectors, not NaN.
         to_tensor: sentence-transformers' own conversion of lists and arrays.
+        embed_columns: its own function that embeds several columns at once, where there is one.
     """
 
     first: tuple[int, int]
@@ -39,6 +44,7 @@ class Version:
     transformer: str
     model: str
     worker: str
+    losses: str = "sentence_transformers.sentence_transformer.losses."
     inference: bool = False
     mode_flags: bool = False
     scores_float32: bool = True
@@ -47,14 +53,45 @@ class Version:
     normalizes_dimension_1: bool = True
     euclidean_zero_gradient: bool = False
     angle_is_cosine_and_sine: bool = False
+    symmetric_class: bool = False
+    guided_forward: bool = True
+    guide_as_reference: bool = True
     to_tensor: Callable[[Any], Any] = _unresolved
+    embed_columns: Callable[[Any, Any], Any] | None = None
+
+    def loss_module(self, name: str) -> str:
+        """The module that defines the loss of this name."""
+        return self.losses + (name if self.losses == _OLD_LOSSES else _LOSS_FILES[name])
 
 
+_OLD_LOSSES = "sentence_transformers.losses."
+_LOSS_FILES = {
+    "MultipleNegativesRankingLoss": "multiple_negatives_ranking",
+    "CachedMultipleNegativesRankingLoss": "cached_multiple_negatives_ranking",
+    "GISTEmbedLoss": "gist_embed",
+    "CachedGISTEmbedLoss": "cached_gist_embed",
+}
 _MODELS = "sentence_transformers.models."
 _MODULES = "sentence_transformers.sentence_transformer.modules."
 _BASE_MODULES = "sentence_transformers.base.modules."
 _MODEL = "sentence_transformers.sentence_transformer.model"
 _OLD_MODEL = "sentence_transformers.SentenceTransformer"
+
+# `max` fills with -1e9 instead of -inf, which shows where a row has no token in use.
+_OLD = Version(
+    first=(5, 0),
+    pooling=_MODELS + "Pooling",
+    normalize=_MODELS + "Normalize",
+    transformer=_MODELS + "Transformer",
+    model=_OLD_MODEL,
+    worker=f"{_OLD_MODEL}:SentenceTransformer._encode_multi_process_worker",
+    losses=_OLD_LOSSES,
+    symmetric_class=True,
+    mode_flags=True,
+    scores_float32=False,
+    guide_as_reference=False,
+    first_column=("cls", "max", "weightedmean"),
+)
 
 # Newest first. Left padding: up to 5.6 `cls` is the first column; up to 6.1 `weightedmean` counts absolute columns.
 VERSIONS = (
@@ -89,19 +126,11 @@ VERSIONS = (
         worker=f"{_MODEL}:SentenceTransformer._multi_process_worker",
         scores_float32=False,
         first_column=("cls", "weightedmean"),
+        guided_forward=False,
+        guide_as_reference=False,
     ),
-    # `max` fills with -1e9 instead of -inf, which shows where a row has no token in use.
-    Version(
-        first=(5, 0),
-        pooling=_MODELS + "Pooling",
-        normalize=_MODELS + "Normalize",
-        transformer=_MODELS + "Transformer",
-        model=_OLD_MODEL,
-        worker=f"{_OLD_MODEL}:SentenceTransformer._encode_multi_process_worker",
-        mode_flags=True,
-        scores_float32=False,
-        first_column=("cls", "max", "weightedmean"),
-    ),
+    replace(_OLD, first=(5, 3), symmetric_class=False),
+    _OLD,
 )
 
 

@@ -1,0 +1,261 @@
+"""What runs in place of the in-batch losses' own code: ``contrastive_loss``, which never holds their score matrices.
+
+Each function returns the loss, or the reason code why the original has to run; its parts then stay accelerated.
+
+The other losses need no replacement. CoSENT, AnglE, Triplet and MarginMSE call the ``pairwise_*`` functions, which are
+replaced; CosineSimilarity, Contrastive and MSE are one pass over embeddings that the encoder has taken much longer to
+make. MatryoshkaLoss calls its inner loss, or its ``calculate_loss``, once per length, and each call comes here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sentfast import functional, registry
+from sentfast.integrations import guards
+from sentfast.integrations.versions import Version
+
+_SIMILARITY = "sentence_transformers.util.similarity"
+_SIMILARITIES: dict[str, Literal["cosine", "dot"]] = {
+    "cos_sim": "cosine",
+    "pytorch_cos_sim": "cosine",
+    "dot_score": "dot",
+}
+# Two texts may be equal, and then equally near: a difference in the last digits is none.
+_TIE = 4 * torch.finfo(torch.float32).eps
+_SYMMETRIC = ("query_to_doc", "doc_to_query")
+
+
+def ranking_loss(version: Version, loss: Any, embeddings: Any, labels: Any) -> Tensor | str:
+    """MultipleNegativesRankingLoss, and since 5.3 the symmetric one."""
+    return _ranking(version, loss, embeddings, getattr(loss, "directions", None))
+
+
+def symmetric_ranking_loss(version: Version, loss: Any, embeddings: Any, labels: Any) -> Tensor | str:
+    """MultipleNegativesSymmetricRankingLoss where it is a class of its own."""
+    return _ranking(version, loss, embeddings, _SYMMETRIC)
+
+
+def cached_ranking_loss(version: Version, loss: Any, reps: Any, *args: Any, **kwargs: Any) -> Tensor | str:
+    return _cached(version, loss, reps, getattr(loss, "directions", None), args, kwargs)
+
+
+def cached_symmetric_ranking_loss(version: Version, loss: Any, reps: Any, *args: Any, **kwargs: Any) -> Tensor | str:
+    return _cached(version, loss, reps, _SYMMETRIC, args, kwargs)
+
+
+def _cached(version: Version, loss: Any, reps: Any, directions: Any, args: tuple, kwargs: dict) -> Tensor | str:
+    value = _ranking(version, loss, [torch.cat(column) for column in reps], directions)
+    return _backward(value, args, kwargs)
+
+
+def _backward(value: Tensor | str, args: tuple, kwargs: dict) -> Tensor | str:
+    """The contract of ``calculate_loss(..., with_backward)``. Before 5.7 the flag may be positional."""
+    if isinstance(value, str) or not kwargs.get("with_backward", any(value is True for value in args)):
+        return value
+    value.backward()
+    return value.detach()
+
+
+def _ranking(version: Version, loss: Any, columns: Any, directions: Any) -> Tensor | str:
+    similarity = _similarity(loss.similarity_fct)
+    if not similarity:
+        return "SF101"
+    reason = _plain_cross_entropy(loss) or _columns(columns) or _scale(loss.scale, columns[0])
+    if reason:
+        return reason
+    queries, documents = columns[0], columns[1:]
+    count, offset, everyone = len(queries), 0, None
+    if loss.gather_across_devices:
+        # Which columns are gathered, and in which order, is that of the original: the ranks have to agree.
+        if directions is not None:
+            everyone = _gather(queries)
+        documents = [_gather(column) for column in documents]
+        offset = _rank() * count
+    if everyone is not None:
+        queries = everyone[offset : offset + count]
+    directions = ("query_to_doc",) if directions is None else tuple(directions)
+    value = functional.contrastive_loss(
+        queries,
+        torch.cat(documents) if len(documents) > 1 else documents[0],
+        all_queries=everyone if {"query_to_query", "doc_to_query"} & set(directions) else None,
+        offset=offset,
+        positives=len(documents[0]),
+        scale=loss.scale,
+        similarity=similarity,
+        directions=directions,
+        partition_mode=_partition(loss, directions),
+        hardness_mode=getattr(loss, "hardness_mode", None),
+        hardness_strength=getattr(loss, "hardness_strength", 0.0),
+    )
+    return value.to(_score_dtype(version, loss, queries))
+
+
+def _partition(loss: Any, directions: tuple) -> Literal["joint", "per_direction"]:
+    return getattr(loss, "partition_mode", "per_direction" if directions == _SYMMETRIC else "joint")
+
+
+def guided_loss(version: Version, loss: Any, sentence_features: Any, labels: Any) -> Tensor | str:
+    """GISTEmbedLoss, whose ``forward`` is one piece: from texts to loss."""
+    sentence_features = list(sentence_features)
+    reason = _guided_reason(version, loss) or _runs_on(loss.model)
+    if reason or len(sentence_features) not in (2, 3):
+        return reason or "SF107"
+    embed = version.embed_columns or _embed_columns
+    # From 6.0 on the guide gets the features as they were; before, with what the model has written into them.
+    guide_features = [dict(features) for features in sentence_features] if version.embed_columns else sentence_features
+    embeddings = embed(loss.model, sentence_features)
+    with torch.no_grad():
+        if loss.must_retokenize:
+            guide_features = [_for_the_guide(loss, features) for features in sentence_features]
+        guided = embed(loss.guide, guide_features)
+    return _guided(loss, embeddings, guided)
+
+
+def cached_guided_loss(
+    version: Version, loss: Any, reps: Any, reps_guided: Any, *args: Any, **kwargs: Any
+) -> Tensor | str:
+    if len(reps) != len(reps_guided):
+        return "SF107"
+    columns, guided = ([torch.cat(column) for column in side] for side in (reps, reps_guided))
+    reason = _guided_reason(version, loss) or _columns(columns) or _columns(guided)
+    return _backward(reason or _guided(loss, columns, guided), args, kwargs)
+
+
+def _guided(loss: Any, columns: list[Tensor], guided: list[Tensor]) -> Tensor:
+    anchors, *documents = columns
+    guide_anchors, *guide_documents = guided
+    offset = 0
+    if loss.gather_across_devices:
+        documents = [_gather(column) for column in documents]
+        guide_documents = [_gather(column) for column in guide_documents]
+        offset = _rank() * len(anchors)
+    directions = ["query_to_doc"]
+    directions += ["query_to_query"] if loss.contrast_anchors else []
+    directions += ["doc_to_doc"] if loss.contrast_positives else []
+    value = functional.contrastive_loss(
+        anchors,
+        torch.cat(documents),
+        offset=offset,
+        positives=len(documents[0]),
+        scale=1 / loss.temperature,
+        directions=directions,
+        guide=(guide_anchors, torch.cat(guide_documents)),
+        margin_strategy=loss.margin_strategy,
+        margin=loss.margin - _TIE,
+    )
+    # The original's cosines have the dtype of the embeddings.
+    return value.to(_cross_entropy_dtype(anchors, anchors.dtype))
+
+
+def _embed_columns(model: Any, sentence_features: list) -> list[Tensor]:
+    return [model(features)["sentence_embedding"] for features in sentence_features]
+
+
+def _for_the_guide(loss: Any, features: Any) -> dict:
+    """The texts of a batch once more, as the guide's own tokenizer reads them."""
+    ids = features["input_ids"]
+    if "cu_seq_lens_q" in features:
+        flat, ends = ids[0].tolist(), features["cu_seq_lens_q"].tolist()
+        ids = [flat[start:end] for start, end in itertools.pairwise(ends)]
+    texts = loss.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    again = getattr(loss.guide, "preprocess", None) or loss.guide.tokenize
+    device = loss.guide.device
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in again(texts).items()}
+
+
+def _guided_reason(version: Version, loss: Any) -> str:
+    function = loss.similarity_fct
+    if type(function) is not nn.CosineSimilarity or (function.dim, function.eps) != (-1, 1e-8):
+        return "SF101"
+    if "sim_matrix" in vars(loss) or type(loss).sim_matrix.__module__ != _module_of(version, loss):
+        return "SF110"
+    if not loss.temperature > 0:
+        return "SF107"
+    if not version.guide_as_reference and (loss.gather_across_devices or loss.margin_strategy == "relative"):
+        return "SF109"
+    return _plain_cross_entropy(loss)
+
+
+def _module_of(version: Version, loss: Any) -> str:
+    """The module of sentence-transformers that defines the loss, which may be a base of the loss's class."""
+    known = {version.loss_module(name) for name in ("GISTEmbedLoss", "CachedGISTEmbedLoss")}
+    return next(cls.__module__ for cls in type(loss).__mro__ if cls.__module__ in known)
+
+
+def _runs_on(model: Any) -> str:
+    """The reason that its embeddings would give, known before they are made."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return ""
+    return guards.device(first.device.type) or ("" if first.dtype in registry.KERNEL_DTYPES else "SF102")
+
+
+def _columns(columns: Any) -> str:
+    """Two or more matrices of embeddings, all of one shape, dtype and device."""
+    if len(columns) < 2:
+        return "SF107"
+    reason = next(filter(None, map(guards.tensor, columns)), "")
+    if reason:
+        return reason
+    first = columns[0]
+    if first.ndim != 2 or any(x.shape != first.shape for x in columns):
+        return "SF107"
+    if any(x.dtype != first.dtype for x in columns):
+        return "SF102"
+    return "SF103" if any(x.device != first.device for x in columns) else ""
+
+
+def _similarity(function: Any) -> Literal["", "cosine", "dot"]:
+    """Its name in our operator; "" for other functions than sentence-transformers' own."""
+    module = importlib.import_module(_SIMILARITY)
+    for name, ours in _SIMILARITIES.items():
+        if function is getattr(module, name, None) and function is not None:
+            return ours
+    return ""
+
+
+def _plain_cross_entropy(loss: Any) -> str:
+    """The versions that call a module of PyTorch for it allow another one in its place."""
+    function = getattr(loss, "cross_entropy_loss", None)
+    if function is None:
+        return ""
+    plain = type(function) is nn.CrossEntropyLoss and function.weight is None
+    settings = (function.reduction, function.label_smoothing, function.ignore_index) if plain else None
+    return "" if settings == ("mean", 0.0, -100) else "SF101"
+
+
+def _scale(scale: Any, queries: Tensor) -> str:
+    """A positive number, or a parameter that is learned."""
+    if isinstance(scale, Tensor):
+        return "" if scale.ndim == 0 and scale.dtype.is_floating_point and scale.device == queries.device else "SF107"
+    return "" if isinstance(scale, (int, float)) and scale > 0 else "SF107"
+
+
+def _score_dtype(version: Version, loss: Any, x: Tensor) -> torch.dtype:
+    """Of the original's loss, which is made of products: under autocast in its dtype until something needs float32."""
+    if hasattr(loss, "cross_entropy_loss"):
+        return _cross_entropy_dtype(x, torch.float32 if version.scores_float32 else x.dtype)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.float32 if device == "cuda" else torch.get_autocast_dtype(device)  # logsumexp
+    return torch.float32 if version.scores_float32 else x.dtype
+
+
+def _cross_entropy_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else otherwise
+
+
+def _gather(x: Tensor) -> Tensor:
+    """Of all ranks; the gradient comes back to the rank that it belongs to."""
+    return importlib.import_module("sentence_transformers.util.distributed").all_gather_with_grad(x)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
