@@ -121,6 +121,7 @@ class BuildLibraries(build_ext):
             "cpu/encoder": self.torch_flags,
             "cpu/attention": self.torch_flags,
             "cpu/layers": self.torch_flags,
+            "cpu/product": self.torch_flags,
             "cpu/losses": self.torch_flags,
             "module": python,
         }

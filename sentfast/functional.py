@@ -2,6 +2,7 @@
 
 from sentfast.ops.attention import varlen_attention, varlen_attention_qkvpacked
 from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
+from sentfast.ops.linear import linear
 from sentfast.ops.losses import contrastive_loss
 from sentfast.ops.pooling import pool
 from sentfast.ops.similarity import (
@@ -20,6 +21,7 @@ __all__ = [
     "dropout",
     "dropout_add_layer_norm",
     "l2_normalize",
+    "linear",
     "pairwise_cosine_similarity",
     "pairwise_similarity",
     "pool",

@@ -37,9 +37,10 @@ SENTFAST_INLINE inline void accumulate(Vec (&sum)[R][V], const Word* a, int64_t 
 }
 
 // `steps` Words of each of `rows` rows, `stride` apart, become the steps of a panel: word (step, row) goes to
-// panel[step][row]. Up to `width`, a multiple of a vector, missing rows are zero. Squares of a vector's width are
-// turned.
-inline void turn(const Word* from, int64_t stride, int64_t rows, int64_t steps, int64_t width, Word* panel) {
+// panel[step][row], steps being `panel_stride` apart. Up to `width`, a multiple of a vector, missing rows are zero.
+// Squares of a vector's width are turned.
+inline void turn(const Word* from, int64_t stride, int64_t rows, int64_t steps, int64_t width, Word* panel,
+                 int64_t panel_stride = kPanel) {
   const auto* words = reinterpret_cast<const AliasedFloat*>(from);
   auto* out = reinterpret_cast<AliasedFloat*>(panel);
   for (int64_t row = 0; row < width; row += Vec::lanes) {
@@ -52,7 +53,7 @@ inline void turn(const Word* from, int64_t stride, int64_t rows, int64_t steps, 
       Vec::transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < Vec::lanes; ++i) {
-        if (s + i < steps) square[i].store(out + (s + i) * kPanel + row);
+        if (s + i < steps) square[i].store(out + (s + i) * panel_stride + row);
       }
     });
   }

@@ -311,6 +311,24 @@ struct BiasActivation {
   float* partial;  // [blocks of rows, dim]: of the gradient of bias, or nullptr
 };
 
+// c = a b, all of them float32, one of the strides of a and of b being 1.
+struct Product {
+  int64_t rows, columns, depth;
+  const float* a;
+  int64_t a_row, a_step;
+  const float* b;
+  int64_t b_step, b_column;
+  const float* bias;  // [columns] or nullptr
+  float* c;
+  int64_t stride_c;
+};
+
+// Steps that are multiplied at a time, and the most rows of a task.
+constexpr int64_t kProductSteps = 256, kProductRows = 192;
+
+// Floats of scratch of one thread.
+constexpr int64_t kProductScratch = kProductSteps * kPanel + kProductRows * (kProductSteps + 16) + 16;
+
 // ---- losses ----
 
 // The directions of a contrastive loss.
@@ -368,6 +386,7 @@ using RotateFn = void (*)(const Rotate&, int64_t begin, int64_t end);
 using GateFn = void (*)(const Gate&, int64_t begin, int64_t end);
 using NarrowFn = void (*)(const float* from, void* to, int64_t count);
 using AttentionBackwardFn = void (*)(const AttentionBackward&, int64_t begin, int64_t end, void* scratch);
+using ProductFn = void (*)(const Product&, const Block&, float* scratch);
 using DropoutFn = void (*)(const DropoutRows&, int64_t begin, int64_t end);
 using DropoutAddLayerNormFn = void (*)(const DropoutAddLayerNorm&, int64_t begin, int64_t end);
 using DropoutAddLayerNormBackwardFn = void (*)(const DropoutAddLayerNormBackward&, int64_t begin, int64_t end);
@@ -399,6 +418,7 @@ struct Kernels {
   DropoutAddLayerNormFn dropout_add_layer_norm[kDtypes][2];
   DropoutAddLayerNormBackwardFn dropout_add_layer_norm_backward[kDtypes][2];
   BiasActivationFn bias_activation[kDtypes], bias_activation_backward[kDtypes];
+  ProductFn product;
   // Multiply-adds in registers only: floating-point operations done by `rounds` rounds; nullptr: no such instruction.
   double (*peak_float32)(int64_t rounds);
   double (*peak_bfloat16)(int64_t rounds);

@@ -48,6 +48,7 @@ const Kernels& table() {
     fill_row<Float16>(t, static_cast<int>(Dtype::Float16));
     fill_compute<gemm::Float32Step>(t, Compute::Float32);
     fill_compute<gemm::WideBFloat16Step>(t, Compute::BFloat16);
+    t.product = product::product;
     t.layer_norm = layers::layer_norm;
     t.peak_float32 = SENTFAST_PEAK_FLOAT32;
     t.contrastive = losses::contrastive;

@@ -15,6 +15,7 @@ namespace {
 #include "matrix.inl.h"
 #include "math.inl.h"
 #include "linear.inl.h"
+#include "product.inl.h"
 #include "dropout.inl.h"
 #include "attention.inl.h"
 #include "attention_backward.inl.h"

@@ -1,7 +1,7 @@
 """The packed encoder as differentiable steps: the same architectures, with dropout and for every gradient.
 
-The matrix products are PyTorch's, over the model's own parameters, so everything that works on them does here too:
-optimisers, frozen parameters, their hooks, DistributedDataParallel, autocast. What lies between them are our operators.
+All of it runs over the model's own parameters, so everything that works on them does here too: optimisers, frozen
+parameters, their hooks, DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.attention import varlen_attention_qkvpacked
 from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
+from sentfast.ops.linear import linear
 from sentfast.reference import ACTIVATIONS
 
 # Uses of one seed in a layer; the embeddings' comes before those of the first.

@@ -13,6 +13,7 @@ from sentfast.reference.layers import (
     bias_activation_backward,
     dropout_add_layer_norm_backward,
     dropout_add_layer_norm_forward,
+    product,
 )
 from sentfast.reference.losses import DIRECTIONS, HARDNESS_MODES, contrastive_loss, contrastive_loss_forward
 from sentfast.reference.pooling import (
@@ -81,6 +82,7 @@ __all__ = [
     "pairwise_similarity_forward",
     "pool_backward",
     "pool_forward",
+    "product",
     "unpack_panels",
     "varlen_attention_backward",
     "varlen_attention_forward",

@@ -71,6 +71,13 @@ def dropout_add_layer_norm_backward(
     return grad_sum.to(grad.dtype), grad_x, _sum_of_rows(g * z), _sum_of_rows(g)
 
 
+def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a @ b + bias: [N, K], [K, M] and [M] -> [N, M]; half inputs accumulate in float32 and are rounded once."""
+    acc = accumulation_dtype(a.dtype)
+    result = a.to(acc) @ b.to(acc)
+    return (result if bias is None else result + bias.to(acc)).to(a.dtype)
+
+
 def bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """activation(x + bias)."""
     return ACTIVATION_FUNCTIONS[activation](_shifted(x, bias)).to(x.dtype).contiguous()

@@ -51,6 +51,7 @@ void test_encoder() {
   test_compute<sentfast::cpu::BFloat16>();
   test_linear<sentfast::cpu::BFloat16, float>();
   check::test_layer_norm();
+  check::test_product();
 }
 
 }  // namespace

@@ -167,6 +167,56 @@ void test_bias_activation() {
   }
 }
 
+// ---- product ----
+
+// a and b in either layout, exactly as large as they must be; c with a gap after each row.
+inline void test_product() {
+  const int64_t rows = integer(1, kProductRows + 20), columns = integer(1, 150),
+                depth = integer(0, 2 * kProductSteps + 9);
+  const bool turned_a = integer(0, 1) == 0, turned_b = integer(0, 1) == 0, with_bias = integer(0, 1) == 0;
+  const int64_t stride_c = columns + integer(0, 2);
+  const Buffer<float> a = random<float>(rows * depth), b = random<float>(depth * columns),
+                      bias = random<float>(columns);
+  const Buffer<float> c((rows - 1) * stride_c + columns);
+  fill_with(c, kGuard);
+  const Product p = {rows,
+                     columns,
+                     depth,
+                     a.get(),
+                     turned_a ? 1 : depth,
+                     turned_a ? rows : 1,
+                     b.get(),
+                     turned_b ? 1 : columns,
+                     turned_b ? depth : 1,
+                     with_bias ? bias.get() : nullptr,
+                     c.get(),
+                     stride_c};
+  const int64_t middle = integer(1, (columns + kPanel - 1) / kPanel) * kPanel, half = std::min(rows, kProductRows);
+  in_threads(4, [&](int64_t begin, int64_t end) {
+    const Buffer<float> scratch(kProductScratch);
+    for (int64_t task = begin; task < end; ++task) {
+      const Block block = {task / 2 == 0 ? 0 : half, task / 2 == 0 ? half : rows,
+                           task % 2 == 0 ? 0 : std::min(middle, columns),
+                           task % 2 == 0 ? std::min(middle, columns) : columns};
+      if (block.row_begin < block.row_end && block.column_begin < block.column_end) {
+        kernels().product(p, block, scratch.get());
+      }
+    }
+  });
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      double want = with_bias ? bias[j] : 0.0, size = std::fabs(want);
+      for (int64_t s = 0; s < depth; ++s) {
+        const double term = double{a[i * p.a_row + s * p.a_step]} * b[s * p.b_step + j * p.b_column];
+        want += term;
+        size += std::fabs(term);
+      }
+      within("product", c[i * stride_c + j], want, static_cast<double>(depth + 2) * kRound * size);
+    }
+    for (int64_t j = columns; i + 1 < rows && j < stride_c; ++j) untouched("product, gap", c[i * stride_c + j]);
+  }
+}
+
 // ---- attention ----
 
 // The gradients of one head of one sequence: rows of q, k, v and out, then sums by distance.

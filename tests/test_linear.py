@@ -1,0 +1,111 @@
+"""The linear layer of training: its product for every layout on every instruction set, and its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from backends import BACKENDS, Backend
+from torch import Tensor
+
+import sentfast
+import sentfast.functional as F
+from sentfast import native, registry
+from sentfast.ops.linear import _product
+
+# Around the panels of 64 columns, the parts of 256 steps, the blocks of 192 rows, strips and vectors.
+SIZES = [(1, 1, 1), (7, 5, 9), (6, 64, 256), (13, 65, 257), (200, 130, 300), (385, 17, 64), (3, 200, 700)]
+ON_CPU = [backend for backend in BACKENDS if backend.name == "cpu"]
+on_every_isa = pytest.mark.parametrize("backend", ON_CPU, ids=str)
+
+
+def laid_out(rows: int, columns: int, layout: str) -> Tensor:
+    if layout == "transposed":
+        return torch.randn(columns, rows).t()
+    if layout == "skipping":
+        return torch.randn(rows, 2 * columns)[:, ::2]
+    return torch.randn(rows, columns + 3)[:, 1 : columns + 1] if layout == "offset" else torch.randn(rows, columns)
+
+
+@on_every_isa
+@pytest.mark.parametrize("layout", ["plain", "transposed", "offset", "skipping"])
+def test_product(backend: Backend, layout: str) -> None:
+    for rows, columns, depth in SIZES:
+        for other in ("plain", "transposed", "offset"):
+            a, b = laid_out(rows, depth, layout), laid_out(depth, columns, other)
+            bias = torch.randn(columns) if torch.rand(()) < 0.5 else None
+            with backend.forced("product"):
+                result = _product(a, b, bias)
+            eager = a @ b if bias is None else a @ b + bias
+            exact = a.double() @ b.double() + (0 if bias is None else bias)
+            assert_accurate(result, eager, exact, size=depth**0.5, what=f"{rows}x{columns}x{depth} {other}")
+
+
+@on_every_isa
+def test_gradients(backend: Backend) -> None:
+    for rows, columns, depth in SIZES:
+        tensors = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
+        grad = torch.randn(rows, columns)
+
+        def gradients(function, grad: Tensor, *tensors: Tensor):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            return torch.autograd.grad(function(*leaves), leaves, grad)
+
+        with backend.forced("product"):
+            found = gradients(F.linear, grad, *tensors)
+        eager = gradients(torch.nn.functional.linear, grad, *tensors)
+        exact = gradients(torch.nn.functional.linear, grad.double(), *(x.double() for x in tensors))
+        for got, plain, true in zip(found, eager, exact, strict=True):
+            assert_accurate(got, plain, true, size=max(rows, columns) ** 0.5)
+
+
+@pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
+def test_nothing_to_multiply_and_nan() -> None:
+    assert torch.equal(_product(torch.randn(3, 0), torch.randn(0, 70), None), torch.zeros(3, 70))
+    assert _product(torch.randn(0, 4), torch.randn(4, 5), None).shape == (0, 5)
+    assert _product(torch.randn(4, 5), torch.randn(5, 0), None).shape == (4, 0)
+    a = torch.ones(9, 300)
+    a[4, 270] = float("nan")
+    result = _product(a, torch.ones(300, 70), None)
+    assert result[4].isnan().all() and (result[torch.arange(9) != 4] == 300).all()
+
+
+@pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
+def test_bits_depend_on_neither_threads_nor_other_rows() -> None:
+    x, weight = torch.randn(401, 700), torch.randn(70, 700)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(F.linear(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results)
+    assert torch.equal(F.linear(x[200:], weight), results[0][200:])
+
+
+def test_what_goes_to_pytorch() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
+    sentfast.report(reset=True)
+    assert F.linear(x, weight).shape == (2, 3, 4)
+    assert F.linear(x[0].bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert F.linear(x[0].double(), weight.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x[0], weight).dtype == torch.bfloat16
+    assert not sentfast.report().calls
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        F.linear(x[0], weight[:, :5])
+
+
+def test_opcheck() -> None:
+    for bias in (None, torch.randn(5)):
+        arguments = (torch.randn(3, 4), torch.randn(5, 4).t(), bias)
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(registry.ops["product"].overload, arguments, test_utils=tests)
+
+
+def test_compiles() -> None:
+    x, weight, bias = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8), torch.randn(4)
+    compiled = torch.compile(F.linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))
