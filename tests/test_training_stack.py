@@ -20,6 +20,7 @@ from sentence_transformers.evaluation import (
     InformationRetrievalEvaluator,
     SentenceEvaluator,
 )
+from tiny_models import VERSION
 from torch.utils.data import DataLoader
 from training import ADAM_EPSILON, COLUMNS, COUNT, LABELS, TEXTS, PairwiseMSE, Run, compare, save_model, three_runs
 

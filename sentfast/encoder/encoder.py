@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Sequence
@@ -166,11 +167,16 @@ class _Entry:
         self.state = State(self.structure.parameters) if isinstance(self.found, Parts) else None
         self.encoders: dict[torch.dtype, Encoder] = {}
 
-    def current(self, weights: bool) -> bool:
-        """weights: they have not changed either, where the model is covered."""
+    def current(self) -> bool:
+        """Nothing but the values of a covered model's parameters can have changed."""
         if not (self.structure.same_parts() and self.structure.same_code()):
             return False
-        return self.state.current() if weights and self.state is not None else self.structure.same_kinds()
+        return self.state is not None or self.structure.same_kinds()
+
+    def with_new_weights(self) -> _Entry:
+        twin = copy.copy(self)
+        twin.state, twin.encoders = State(self.structure.parameters), {}
+        return twin
 
     def keeps_weights(self, newer: _Entry) -> bool:
         """Only attributes have changed: the packed weights stay good."""
@@ -192,19 +198,29 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def _entry(model: nn.Module, weights: bool = True) -> _Entry:
+def _entry(model: nn.Module) -> _Entry:
     entry = _table.get(model)
-    if entry is not None and entry.current(weights):
+    if entry is not None and entry.current():
         return entry
     with _lock:
         entry = _table.get(model)
-        if entry is not None and entry.current(weights):
+        if entry is not None and entry.current():
             return entry
         new = _Entry(model)
         if entry is not None and entry.keeps_weights(new):
             new.encoders = entry.encoders
         _table[model] = new
         return new
+
+
+def _renewed(model: nn.Module) -> _Entry:
+    """After a change of dtype or device examined anew, after one of values with nothing packed."""
+    with _lock:
+        entry = _entry(model)
+        if entry.state is not None and not entry.state.current():
+            entry = entry.with_new_weights() if entry.structure.same_kinds() else _Entry(model)
+            _table[model] = entry
+        return entry
 
 
 def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = False) -> Encoder | str:
@@ -216,12 +232,15 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
         inside: the call comes from the model's own ``forward``, so hooks on the model itself run anyway.
     """
     choice.check_precision(precision)
-    entry = _covered(model, inside, weights=True)
+    entry = _covered(model, inside)
     if isinstance(entry, str):
         return entry
-    assert isinstance(entry.found, Parts)
     if entry.structure.drops() or (torch.is_grad_enabled() and entry.structure.requires_grad()):
-        return "SF122"
+        return "SF122"  # weights that each step changes need not be looked at
+    if not entry.state.current():  # type: ignore[union-attr]  # of a covered model
+        entry = _renewed(model)
+    if isinstance(entry.found, Refusal):
+        return entry.found.code
     if torch.is_autocast_enabled("cpu"):
         if not _multiplies_bfloat16(entry.found):
             return "SF116"
@@ -233,10 +252,13 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
 
 def parts_of(model: nn.Module, *, inside: bool = False) -> Parts | str:
     """The model taken apart, for a forward pass that a gradient goes through; or the reason code why there is none."""
-    entry = _covered(model, inside, weights=False)
+    entry = _covered(model, inside)
     if isinstance(entry, str):
         return entry
-    assert isinstance(entry.found, Parts)
+    if not entry.structure.same_kinds():
+        entry = _renewed(model)
+    if isinstance(entry.found, Refusal):
+        return entry.found.code
     if entry.structure.hooked_backward():
         return "SF120"
     if torch.is_autocast_enabled("cpu") and not _multiplies_bfloat16(entry.found):
@@ -244,7 +266,7 @@ def parts_of(model: nn.Module, *, inside: bool = False) -> Parts | str:
     return entry.found
 
 
-def _covered(model: nn.Module, inside: bool, weights: bool) -> _Entry | str:
+def _covered(model: nn.Module, inside: bool) -> _Entry | str:
     if architecture_of(type(model)) is None:
         return "SF123"
     if choice.is_off(model):
@@ -252,7 +274,7 @@ def _covered(model: nn.Module, inside: bool, weights: bool) -> _Entry | str:
     reason = _reason_now(model, inside)
     if reason:
         return reason
-    entry = _entry(model, weights)
+    entry = _entry(model)
     if isinstance(entry.found, Refusal):
         return entry.found.code
     return "SF120" if entry.structure.hooked() else entry
@@ -297,7 +319,7 @@ def _reason_now(model: nn.Module, inside: bool) -> str:
 
 def refusal_of(model: nn.Module) -> Refusal | None:
     """Why the model cannot be accelerated, as far as that does not depend on the single call. Packs nothing."""
-    found = _entry(model).found
+    found = _renewed(model).found
     if isinstance(found, Refusal):
         return found
     own = vars(model)
@@ -317,7 +339,7 @@ def refusal_of(model: nn.Module) -> Refusal | None:
 
 def products(model: nn.Module, precision: str) -> str:
     """In what a covered model multiplies: "fp32" or "bf16"."""
-    found = _entry(model).found
+    found = _renewed(model).found
     assert isinstance(found, Parts)
     return "bf16" if _compute_dtype(found, precision) == torch.bfloat16 else "fp32"
 
