@@ -188,7 +188,15 @@ def self_test() -> dict[str, str]:
 
 def _cases() -> dict[str, Callable]:
     """Public operator -> a call of it on tokens [4, 33, 65], a mask and two matrices [17, 65], [9, 65]."""
+    import torch
+
     from sentfast import functional
+
+    def sequences(x: Any) -> Any:
+        return torch.tensor([0, 20, 33], dtype=torch.int32, device=x.device)
+
+    def heads(x: Any) -> Any:
+        return x.unflatten(-1, (5, 13))
 
     return {
         "pool": lambda x, mask, a, b: functional.pool(x, mask, mode=("mean", "max", "weightedmean"), normalize=True),
@@ -197,6 +205,17 @@ def _cases() -> dict[str, Callable]:
         "dot_similarity": lambda x, mask, a, b: functional.dot_similarity(a, b),
         "pairwise_similarity": lambda x, mask, a, b: functional.pairwise_similarity(a[:9], b, "euclidean"),
         "pairwise_cosine_similarity": lambda x, mask, a, b: functional.pairwise_cosine_similarity(a[:9], b),
+        "contrastive_loss": lambda x, mask, a, b: functional.contrastive_loss(b, a),
+        "linear": lambda x, mask, a, b: functional.linear(a, b),
+        "bias_activation": lambda x, mask, a, b: functional.bias_activation(a, b[0]),
+        "dropout": lambda x, mask, a, b: functional.dropout(a, 0.3, seed=1),
+        "dropout_add_layer_norm": lambda x, mask, a, b: functional.dropout_add_layer_norm(a[:9], b, a[9], a[10]),
+        "varlen_attention": lambda x, mask, a, b: functional.varlen_attention(
+            heads(x[0]), heads(x[1]), heads(x[2]), sequences(x), dropout_p=0.2, seed=1
+        ),
+        "varlen_attention_qkvpacked": lambda x, mask, a, b: functional.varlen_attention_qkvpacked(
+            heads(x[:3]).transpose(0, 1), sequences(x), causal=True
+        ),
     }
 
 

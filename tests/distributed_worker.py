@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sentence_transformers import losses
 from tiny_models import VERSION, build
 from torch.nn.parallel import DistributedDataParallel
-from training import ADAM_EPSILON, COLUMNS
+from training_runs import ADAM_EPSILON, COLUMNS
 
 import sentfast
 from sentfast import native, registry

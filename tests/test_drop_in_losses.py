@@ -14,7 +14,7 @@ from accuracy import assert_accurate
 from sentence_transformers import SentenceTransformer, losses, models, util
 from tiny_models import LETTERS, VERSION, build
 from torch import nn
-from training import save_model
+from training_runs import save_model
 
 import sentfast
 from sentfast import native, registry
@@ -406,7 +406,8 @@ def test_left_to_the_original(model, guide, case):
     with ran(set(), {site: code}):
         result = value_and_gradient(loss, columns(2))
         calls = {name for name, _ in sentfast.report().calls}
-    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+    size = max(1.0, expected[1].nan_to_num().abs().max().item())  # temperatures make gradients of thousands
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4 * size, equal_nan=True)
     assert not calls & OPERATORS and "pool" in calls
     if case == "a similarity of the user":
         assert "cosine_similarity" in calls, "what the original calls stays accelerated"

@@ -87,7 +87,7 @@ def test_token_types(model_type):
     inputs["token_type_ids"] = torch.randint(0, 2, inputs["input_ids"].shape)
     _, result = check(model, inputs)
     assert (result - without).abs().max() > 0.1
-    packed = pack_padded(encoder_of(model), inputs["input_ids"], None, torch.zeros_like(inputs["input_ids"]))
+    packed = pack_padded(encoder_of(model).tables, inputs["input_ids"], None, torch.zeros_like(inputs["input_ids"]))
     assert packed.token_type_ids is None
 
 
@@ -291,6 +291,8 @@ def test_batches_for_the_original(case):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.float32, torch.float16])
 def test_mask_dtypes(dtype):
     inputs = encoders.batch([3, 1, 5])
-    packed = pack_padded(encoder_of(encoders.model("bert")), inputs["input_ids"], inputs["attention_mask"].to(dtype))
+    packed = pack_padded(
+        encoder_of(encoders.model("bert")).tables, inputs["input_ids"], inputs["attention_mask"].to(dtype)
+    )
     assert packed.cu_seqlens.tolist() == [0, 3, 4, 9] and packed.length == 5
     assert packed.input_ids.tolist() == inputs["input_ids"][inputs["attention_mask"].bool()].tolist()

@@ -59,7 +59,24 @@ pairs = {
     "pairwise_cosine_similarity": (
         F.pairwise_cosine_similarity(a, b), R.pairwise_similarity_forward(a, b, R.COSINE, eps)[0]
     ),
+    "contrastive_loss": (
+        torch.isclose(
+            F.contrastive_loss(a, b), torch.nn.functional.cross_entropy(20 * F.cosine_similarity(a, b), torch.arange(5))
+        ),
+        torch.tensor(True),
+    ),
+    "linear": (F.linear(a, b), R.product(a, b.t(), None)),
+    "bias_activation": (F.bias_activation(a, b[0]), R.bias_activation(a, b[0], 0)),
+    "dropout": (F.dropout(a, 0.3, seed=1), R.dropout(a, 0.3, 1, 0)),
+    "dropout_add_layer_norm": (
+        F.dropout_add_layer_norm(a, b, a[0]), R.dropout_add_layer_norm_forward(a, b, a[0], None, 1e-5, 0.0, 0, 0)[0]
+    ),
 }
+packed = x.view(3, 7, 2, 10).transpose(0, 1)
+ends = torch.tensor([0, 4, 7], dtype=torch.int32)
+expected = R.varlen_attention_forward(*packed.unbind(1), ends, 4, None, 10**-0.5, -1, -1, 0.0, 0, 0)[0]
+pairs["varlen_attention"] = F.varlen_attention(*packed.unbind(1), ends), expected
+pairs["varlen_attention_qkvpacked"] = F.varlen_attention_qkvpacked(packed, ends), expected
 print(json.dumps({
     "equal": {name: torch.equal(*pair) for name, pair in pairs.items()},
     "ran": sorted({backend for _, backend in sentfast.report().calls}),

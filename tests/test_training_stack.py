@@ -22,7 +22,7 @@ from sentence_transformers.evaluation import (
 )
 from tiny_models import VERSION
 from torch.utils.data import DataLoader
-from training import ADAM_EPSILON, COLUMNS, COUNT, LABELS, TEXTS, PairwiseMSE, Run, compare, save_model, three_runs
+from training_runs import ADAM_EPSILON, COLUMNS, COUNT, LABELS, TEXTS, PairwiseMSE, Run, compare, save_model, three_runs
 
 import sentfast
 from sentfast import native, registry
