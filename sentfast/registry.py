@@ -134,7 +134,9 @@ class Op:
             return native.why_no_triton(x.device.type) or ("" if _triton(self) else "no Triton kernel")
         if x.device.type != backend:
             return f"the tensor is on {x.device}"
-        return native.why_no_cpu() if backend == "cpu" else native.why_no_cuda()
+        if backend == "cpu":
+            return native.why_no_cpu()
+        return native.why_no_cuda() or ("" if _has_cuda(self) else "no CUDA kernel")
 
     def explain(self, x: torch.Tensor) -> str:
         """One line: every backend and why it cannot run the call."""
@@ -193,6 +195,10 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 def _triton(op: Op) -> Callable | None:
     native.load_triton()
     return (op.forward or op).triton
+
+
+def _has_cuda(op: Op) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key((op.forward or op).cuda.name(), "CUDA")
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class Case:
     calls: Callable[[torch.dtype, str, bool], Iterator[Call]]
     operators: tuple[str, ...]  # what must have run, forward and backward
     cancels: bool = False  # the result is the difference of numbers as large as the inputs
+    gpu_backends: tuple[str, ...] = ("triton", "cuda")
 
     def run(self, call: Call) -> Tensor:
         return self.function(*call.tensors, **call.options)
@@ -251,14 +252,15 @@ def contrastive(queries: Tensor, documents: Tensor, all_queries: Tensor | None =
     return F.contrastive_loss(queries, documents, all_queries=all_queries, **options)
 
 
+ACTIVATION = ("bias_activation", "bias_activation_backward")
 PAIRWISE = ("pairwise_similarity", "pairwise_similarity_backward")
 CASES = [
     Case("pool", F.pool, pool_calls, ("pool", "pool_backward")),
-    Case("varlen_attention", attention, attention_calls, ATTENTION),
-    Case("varlen_attention_qkvpacked", packed_attention, packed_attention_calls, ATTENTION),
-    Case("dropout_add_layer_norm", norm, norm_calls, NORM),
-    Case("bias_activation", F.bias_activation, activation_calls, ("bias_activation", "bias_activation_backward"), True),
-    Case("dropout", F.dropout, dropout_calls, ("dropout",)),
+    Case("varlen_attention", attention, attention_calls, ATTENTION, gpu_backends=()),
+    Case("varlen_attention_qkvpacked", packed_attention, packed_attention_calls, ATTENTION, gpu_backends=()),
+    Case("dropout_add_layer_norm", norm, norm_calls, NORM, gpu_backends=()),
+    Case("bias_activation", F.bias_activation, activation_calls, ACTIVATION, cancels=True, gpu_backends=()),
+    Case("dropout", F.dropout, dropout_calls, ("dropout",), gpu_backends=()),
     Case("l2_normalize", F.l2_normalize, normalize_calls, ("l2_normalize", "l2_normalize_backward")),
     Case("dot_similarity", F.dot_similarity, matrix_calls, ("dot_similarity",)),
     Case("cosine_similarity", F.cosine_similarity, matrix_calls, ("cosine_similarity", "dot_similarity")),
@@ -266,5 +268,5 @@ CASES = [
         Case(f"pairwise_{metric}", F.pairwise_similarity, pairwise_calls(metric), PAIRWISE)
         for metric in ("cosine", "dot", "euclidean", "manhattan")
     ),
-    Case("contrastive_loss", contrastive, contrastive_calls, ("contrastive_loss",)),
+    Case("contrastive_loss", contrastive, contrastive_calls, ("contrastive_loss",), gpu_backends=("triton",)),
 ]

@@ -16,6 +16,14 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+@pytest.fixture(autouse=True)
+def backends_of_the_case(request: pytest.FixtureRequest) -> None:
+    given = request.node.callspec.params
+    backend, case = given.get("backend"), given.get("case")
+    if backend is not None and case is not None and backend.name not in ("reference", "cpu", *case.gpu_backends):
+        pytest.skip(f"{case.name} has no kernel on {backend}")
+
+
 def leaves(call: Call) -> Call:
     return Call(tuple(x.detach().clone().requires_grad_() for x in call.tensors), call.options, call.label)
 
