@@ -18,7 +18,7 @@ import study
 from encode_models import MODELS, base_of, flops
 from study import OURS, OURS_BF16, STOCK, STOCK_BF16, Settings, judged, switched
 from timing import ratio, spread
-from training_report import original_code
+from training_report import ENCODER, original_code
 from training_step import Batch, Learner, Task, batches_of, distance, lengths_of, tasks_of, without_dropout
 
 TABLE = "training"
@@ -137,7 +137,7 @@ def warm_up(name: str, learner: Learner, batch: Batch, settings: Settings) -> di
         ran = report(reset=True).to_dict()
     if not learner.ours:
         return {}
-    used = {backend for op, calls in ran["calls"].items() for backend in calls if op.startswith("encoder")}
+    used = {backend for op, calls in ran["calls"].items() for backend in calls if op == ENCODER}
     if not used <= set(settings.backends):
         raise gate.Refused(f"{name}: the encoder ran on {sorted(used)}, wanted {sorted(settings.backends)}")
     return ran

@@ -11,7 +11,7 @@ from torch import Tensor
 import sentfast
 import sentfast.functional as F
 from sentfast import native, registry
-from sentfast.ops.linear import _product
+from sentfast.ops.linear import _product, activation_linear
 
 # Around the panels of 64 columns, the parts of 256 steps, the blocks of 192 rows, strips and vectors.
 SIZES = [(1, 1, 1), (7, 5, 9), (6, 64, 256), (13, 65, 257), (200, 130, 300), (385, 17, 64), (3, 200, 700)]
@@ -57,6 +57,28 @@ def test_gradients(backend: Backend) -> None:
         exact = gradients(torch.nn.functional.linear, grad.double(), *(x.double() for x in tensors))
         for got, plain, true in zip(found, eager, exact, strict=True):
             assert_accurate(got, plain, true, size=max(rows, columns) ** 0.5)
+
+
+@on_every_isa
+def test_linear_of_an_activation(backend: Backend) -> None:
+    """The gradients of the two functions one after the other, and less kept for them."""
+    tensors = [torch.randn(shape) for shape in ((13, 70), (70,), (9, 70), (9,))]
+
+    def apart(x: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(F.bias_activation(x, x_bias, "gelu"), weight, bias)
+
+    def together(x: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return activation_linear(x, x_bias, "gelu", weight, bias)
+
+    found = []
+    for function in (apart, together):
+        leaves, kept = [x.clone().requires_grad_() for x in tensors], []
+        counted = torch.autograd.graph.saved_tensors_hooks(lambda x, k=kept: k.append(x.numel()) or x, lambda x: x)
+        with counted, backend.forced("product"):
+            result = function(*leaves)
+            found.append((result, *torch.autograd.grad(result.square().sum(), leaves), sum(kept)))
+    assert all(torch.equal(one, other) for one, other in zip(found[0][:-1], found[1][:-1], strict=True))
+    assert found[1][-1] < found[0][-1]
 
 
 @pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")

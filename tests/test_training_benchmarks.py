@@ -89,14 +89,14 @@ def test_step_rows():
     assert rows["training_toy_long"]["longest"] > rows["training_toy_short"]["longest"]
     assert "toy, words and glosses, 8 pairs (random weights)" in training_report.training(list(rows.values()))
     for row in rows.values():
-        ran = any(op.startswith("encoder") for op in row["ran"][OURS]["calls"])
+        ran = training_report.ENCODER in row["ran"][OURS]["calls"]
         assert ("sentfast: the encoder did not run" in row["note"]) is not ran
 
 
 def test_a_table_says_where_the_original_code_ran():
     ran = {"calls": {"pool": {"cpu": 2}}, "fallbacks": {"BertModel.forward": {"SF122": 2}}}
     rows = [{"title": "a", "ran": {OURS: ran}}, {"title": "b", "ran": {OURS: ran}}]
-    rows.append({"title": "c", "ran": {OURS: {"calls": {"encoder_train": {"cpu": 1}}, "fallbacks": {}}}})
+    rows.append({"title": "c", "ran": {OURS: {"calls": {training_report.ENCODER: {"cpu": 1}}, "fallbacks": {}}}})
     said = training_report.handed_back(rows)
     assert said.count("\n") == 2 and "(sentfast: BertModel.forward SF122): a; b." in said
 
@@ -294,7 +294,7 @@ def test_training_is_selected_kept_and_rendered(tmp_path):
     target = study.judged("dropout 0: the same", 1e-4, 2.5e-6, "relative", at_most=True)
     row = {"study": "training_curve", "table": "training_curve", "title": "toy", "weights": "real", "steps": 8}
     row.update(seeds=1, apart=2.5e-6, last={STOCK: 1.0, OURS: 1.0}, last_dropout={STOCK: [1.5], OURS: [1.25]})
-    row.update(targets={"same": target}, ran={OURS: {"calls": {"encoder": {"cpu": 1}}, "fallbacks": {}}})
+    row.update(targets={"same": target}, ran={OURS: {"calls": {training_report.ENCODER: {"cpu": 1}}, "fallbacks": {}}})
     bench.write(path, described, LIMITS, {}, {"training_curve_toy": {**row, **machine.commit()}})
     written = json.loads(path.read_text())
     assert "| toy, dropout 0 | 8 | 1.00000 | 1.00000 | 2.5e-06 |" in report.render_block(

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.attention import varlen_attention_qkvpacked
 from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
-from sentfast.ops.linear import linear
+from sentfast.ops.linear import activation_linear, linear
 from sentfast.reference import ACTIVATIONS
 
 # Uses of one seed in a layer; the embeddings' comes before those of the first.
@@ -170,11 +170,11 @@ def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 def _feed_forward(batch: _Batch, index: int, x: Tensor) -> Tensor:
     parts = batch.parts
     layer, activation = parts.layers[index], ACTIVATIONS[parts.activation]
-    if parts.architecture.gated:
-        y, gate = linear(x, layer.up.weight, layer.up.bias).chunk(2, dim=-1)
-        y = bias_activation(y, None, activation) * gate
-    else:
-        y = bias_activation(linear(x, layer.up.weight), layer.up.bias, activation)
+    if not parts.architecture.gated:
+        h = linear(x, layer.up.weight)
+        return activation_linear(h, layer.up.bias, activation, layer.down.weight, layer.down.bias)
+    y, gate = linear(x, layer.up.weight, layer.up.bias).chunk(2, dim=-1)
+    y = bias_activation(y, None, activation) * gate
     y = dropout(y, rate(layer.dropouts.gate), seed=batch.seed, stream=_stream(index, _GATE))
     return linear(y, layer.down.weight, layer.down.bias)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sentfast import reference
+from sentfast.ops.layers import _bias_activation, _bias_activation_backward, bias_activation
+from sentfast.reference import ACTIVATIONS
 from sentfast.registry import define
 
 # In float32 our product is faster than the library's on the CPU; in bfloat16 the library's reaches the same rate.
@@ -37,6 +39,47 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class _ActivationLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, x_bias, activation, weight, bias):
+        ctx.save_for_backward(x, x_bias, weight)
+        ctx.activation = activation
+        return _product(_bias_activation(x, x_bias, activation), weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        x, x_bias, weight = ctx.saved_tensors
+        grad_x = grad_x_bias = grad_weight = None
+        needs_x, needs_x_bias, _, needs_weight, needs_bias = ctx.needs_input_grad
+        if needs_weight:
+            grad_weight = _product(grad.t(), _bias_activation(x, x_bias, ctx.activation), None)
+        if needs_x or needs_x_bias:
+            grad_y = _product(grad, weight, None)
+            grad_x, grad_x_bias = _bias_activation_backward(grad_y, x, x_bias, ctx.activation)
+        return (
+            grad_x,
+            grad_x_bias if needs_x_bias else None,
+            None,
+            grad_weight,
+            grad.sum(dim=0) if needs_bias else None,
+        )
+
+
+def activation_linear(
+    x: Tensor, x_bias: Tensor | None, activation: str, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """:func:`linear` of :func:`bias_activation`, whose output is made again for the gradient instead of kept.
+
+    Args:
+        x: [T, K], with x_bias [K], or None, and activation as in :func:`bias_activation`.
+        weight, bias: [N, K] and [N], or None, as in :func:`linear`.
+    """
+    if _fits(x, weight, bias) and (x_bias is None or x_bias.dtype == torch.float32):
+        return _ActivationLinear.apply(x, x_bias, ACTIVATIONS.index(activation), weight, bias)
+    return linear(bias_activation(x, x_bias, activation), weight, bias)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``, as :func:`torch.nn.functional.linear`.
 
@@ -53,11 +96,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: what PyTorch raises for shapes and dtypes that do not fit.
     """
-    fits = _covered(x) and _covered(weight) and x.shape[1] == weight.shape[1]
-    if fits and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1])):
+    if _fits(x, weight, bias):
         return _Linear.apply(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _covered(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.float32 and x.ndim == 2 and not torch.is_autocast_enabled("cpu")
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.is_autocast_enabled("cpu") or not all(y.is_cpu and y.dtype == torch.float32 for y in (x, weight)):
+        return False
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        return False
+    return bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
