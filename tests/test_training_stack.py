@@ -153,7 +153,7 @@ def test_bfloat16_flag(path, tmp_path, monkeypatch):
         train(model, run, losses.MultipleNegativesRankingLoss(model), COLUMNS, tmp_path / mode, bf16=True)
 
     # Autocast rounds nothing in a float64 model, so that the exact run is exact.
-    monkeypatch.setattr("training.compare", lambda runs: compare(runs, BF16))
+    monkeypatch.setattr("training_runs.compare", lambda runs: compare(runs, BF16))
     three_runs(path, one)
 
 
