@@ -203,6 +203,7 @@ def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) 
             totals, mean = log_sums, means.mean(dim=0)
         losses = totals[: row.groups].mean(dim=0) - positive * row.scale
         if weights is not None:
+            weights = weights.contiguous()
             for i, segment in enumerate(segments):
                 _differentiate(segment, row, totals[i], weights, i == 0)
     return losses, mean - positive

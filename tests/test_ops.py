@@ -109,8 +109,15 @@ def test_strides_do_not_matter(case: Case, backend: Backend) -> None:
                 out = case.function(*inputs, **call.options)
                 other = grad.new_zeros(*grad.shape, 2)[..., 0].copy_(grad)  # a strided gradient
                 for got, want in zip((out, *torch.autograd.grad(out, inputs, other)), expected, strict=True):
+                    # A library's product may take another order of sums for other strides.
+                    size = max(1.0, want.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()) if want.numel() else 1.0
                     torch.testing.assert_close(
-                        got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"{name} {call.label}"
+                        got,
+                        want,
+                        rtol=1e-5,
+                        atol=4e-6 * size,
+                        equal_nan=True,
+                        msg=lambda text, label=f"{name} {call.label}": f"{label}: {text}",
                     )
 
 
