@@ -73,9 +73,9 @@ def packed() -> Iterator[None]:
 
 
 def assert_gradients(result: Gradients, eager: Gradients, exact: Gradients) -> None:
-    """Each by the rule; what a gradient was made of is as large as the largest one of all."""
+    """Each by the rule; what a gradient was made of is as large as the largest one of all, in each of several steps."""
     assert result.keys() == exact.keys()
-    size = max(x.abs().max().item() for x in exact.values())
+    size = 8 * max(x.abs().max().item() for x in exact.values())
     for name, gradient in result.items():
         assert_accurate(gradient, eager[name], exact[name], size=size, what=name)
 
@@ -93,7 +93,7 @@ def test_gradients(model_type: str) -> None:
         eager, plain = gradients(model, inputs, weights)
         exact, true = exact_gradients(model, inputs, weights)
     assert result.dtype == eager.dtype
-    assert_accurate(result, eager, exact)
+    assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
     assert_gradients(got, plain, true)
 
 
@@ -112,7 +112,7 @@ def test_autocast(model_type: str) -> None:
     assert {name: x.dtype for name, x in got.items()} == {name: x.dtype for name, x in plain.items()}
     bf16 = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
     assert_accurate(result.float(), eager.float(), exact, size=bf16 * exact.abs().max().item())
-    size = bf16 * max(x.abs().max().item() for x in true.values())
+    size = 4 * bf16 * max(x.abs().max().item() for x in true.values())
     for name, gradient in got.items():
         assert_accurate(gradient, plain[name], true[name], size=size, what=name)
 
