@@ -194,7 +194,7 @@ def test_save_and_resume(path, tmp_path):
 
     three_runs(path, one)
     for name in ("on", "off"):
-        torch.testing.assert_close(ends[name], ends["whole"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ends[name], ends["whole"], rtol=1e-3, atol=2e-4)
     files = {mode: sorted(p.name for p in (tmp_path / mode / "checkpoint-4").rglob("*")) for mode in ("ours", "eager")}
     assert files["ours"] == files["eager"] and "optimizer.pt" in files["ours"]
 
