@@ -7,7 +7,6 @@ counted, special tokens are, and what a model cuts off is not.
 from __future__ import annotations
 
 import copy
-import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import texts
 import torch
 from encode_models import MODELS, base_of, flops, token_counts
 from study import OURS, OURS_BF16, STOCK, Settings, Variant, judged, switched
-from timing import ratio, spread
+from timing import ratio, spread, turns
 
 TABLE = "encoder"
 OPENVINO, OPENVINO_BF16 = openvino_peer.PRECISIONS
@@ -141,20 +140,12 @@ def _time(
 ) -> dict[str, list[float]]:
     """Seconds to encode the sample, one for each variant and round."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(rounds):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                with switched(variants[name].ours):
-                    start = time.perf_counter()
-                    for _ in range(repeats[name]):
-                        study.encode(variants[name], sample)
-                    taken[name].append((time.perf_counter() - start) / repeats[name])
-    finally:
-        gc.enable()
+    for _, name in turns(list(variants), rounds):
+        with switched(variants[name].ours):
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                study.encode(variants[name], sample)
+            taken[name].append((time.perf_counter() - start) / repeats[name])
     return taken
 
 

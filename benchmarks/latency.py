@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import study
 import texts
 from encode_models import MODELS, token_counts
 from study import OURS, OURS_BF16, STOCK, Settings, Variant, judged, switched
+from timing import turns
 
 TABLE = "encoder_latency"
 CALLS, QUICK_CALLS = 200, 20
@@ -61,16 +62,8 @@ def measure_queries(
 
 def _time(variants: dict[str, Variant], queries: Sequence[str]) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    gc.collect()
-    gc.disable()
-    try:
-        for number, start in enumerate(range(0, len(queries), BLOCK)):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                samples[name] += _block(variants[name], queries[start : start + BLOCK])
-    finally:
-        gc.enable()
+    for number, name in turns(list(variants), math.ceil(len(queries) / BLOCK)):
+        samples[name] += _block(variants[name], queries[number * BLOCK : (number + 1) * BLOCK])
     return samples
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,23 @@ class Sweep:
         self.buffer.sum().item()
 
 
+def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Round and name, every name once a round, with the garbage collector off until the last.
+
+    Another name goes first each round: none of them always follows the same neighbour's traces.
+    """
+    names = list(names)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                yield number, name
+    finally:
+        gc.enable()
+
+
 def interleave(
     variants: dict[str, Variant],
     inputs: Sequence[Any],
@@ -111,24 +128,16 @@ def interleave(
     if rounds is None:
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(spent, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    gc.collect()
-    gc.disable()
     try:
-        for number in range(rounds):
-            data = inputs[number % len(inputs)]
-            shift = number % len(names)
-            # A different variant goes first each round: none of them always follows the same neighbour's traces.
-            for name in names[shift:] + names[:shift]:
-                variant = variants[name]
-                switch(variant.switched)
-                argument = variant.prepare(data) if variant.prepare else data
-                if sweep:
-                    sweep()
-                samples[name].append(clock.seconds(variant.call, argument, repeats[name]))
-                del argument
+        for number, name in turns(list(variants), rounds):
+            variant, data = variants[name], inputs[number % len(inputs)]
+            switch(variant.switched)
+            argument = variant.prepare(data) if variant.prepare else data
+            if sweep:
+                sweep()
+            samples[name].append(clock.seconds(variant.call, argument, repeats[name]))
+            del argument
     finally:
-        gc.enable()
         switch(False)
     return samples
 

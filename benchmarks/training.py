@@ -7,7 +7,6 @@ First, with dropout at 0, the losses and gradients of the first step must agree.
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import statistics
 import time
@@ -17,7 +16,7 @@ import gate
 import study
 from encode_models import MODELS, base_of, flops
 from study import OURS, OURS_BF16, STOCK, STOCK_BF16, Settings, judged, switched
-from timing import ratio, spread
+from timing import ratio, spread, turns
 from training_report import ENCODER, original_code
 from training_step import Batch, Learner, Task, batches_of, distance, lengths_of, tasks_of, without_dropout
 
@@ -149,19 +148,11 @@ def warm_up(name: str, learner: Learner, batch: Batch, settings: Settings) -> di
 def _time(learners: dict[str, Learner], batches: list[Batch], rounds: int) -> dict[str, list[float]]:
     """Seconds of a step, one for each variant and round."""
     taken: dict[str, list[float]] = {name: [] for name in learners}
-    names = list(learners)
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(rounds):
-            batch, shift = batches[number % len(batches)], number % len(names)
-            for name in names[shift:] + names[:shift]:
-                with switched(learners[name].ours):
-                    start = time.perf_counter()
-                    learners[name].step(batch)
-                    taken[name].append(time.perf_counter() - start)
-    finally:
-        gc.enable()
+    for number, name in turns(list(learners), rounds):
+        with switched(learners[name].ours):
+            start = time.perf_counter()
+            learners[name].step(batches[number % len(batches)])
+            taken[name].append(time.perf_counter() - start)
     return taken
 
 

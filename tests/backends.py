@@ -63,3 +63,4 @@ def available() -> list[Backend]:
 
 
 BACKENDS = available()
+BACKEND = "cpu" if native.cpu_loaded() else "reference"  # of CPU tensors, where none is forced

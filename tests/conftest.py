@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,16 @@ def fill_new_tensors():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def switched_on():
+    """Starts with sentfast on and leaves it on; without compiled kernels our operators are asked for by name."""
+    from backends import BACKEND
+
+    import sentfast
+
+    sentfast.enable()
+    with sentfast.use_backend(BACKEND) if BACKEND == "reference" else nullcontext():
+        yield
+    sentfast.enable()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from accuracy import assert_accurate
+from backends import BACKEND
 from torch import Tensor
 
 import sentfast
@@ -33,7 +34,6 @@ _CLASSES = {
     "modernbert": ("ModernBertConfig", "ModernBertModel"),
 }
 MODEL_TYPES = tuple(_CLASSES)
-BACKEND = "cpu" if native.cpu_loaded() else "reference"
 WITH_TOKEN_TYPES = ("bert", "roberta", "electra")
 
 

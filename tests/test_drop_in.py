@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,11 +15,11 @@ import sentence_transformers as st
 import tokenizers
 import torch
 import transformers
+from backends import BACKEND
 from sentence_transformers import SentenceTransformer, losses, models, util
 from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator, InformationRetrievalEvaluator
 
 import sentfast
-from sentfast import native, registry
 
 VERSION = tuple(int(part) for part in st.__version__.split(".")[:2])
 NEW = VERSION >= (6, 2)
@@ -29,7 +29,7 @@ if ONE_FLAG_PER_MODE:
     FIRST_COLUMN = {"cls", "max", "weightedmean"}
 else:
     FIRST_COLUMN = set() if NEW else {"cls", "weightedmean"} if VERSION < (6, 0) else {"weightedmean"}
-BACKEND = "cpu" if native.cpu_loaded() else "reference"
+pytestmark = pytest.mark.usefixtures("switched_on")
 SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
 WORDS = [f"w{i}" for i in range(60)] + ["query", "passage", ":"]
 MODES = ["mean", "max", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
@@ -39,14 +39,6 @@ EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10
 
 def test_the_version_under_test_is_the_one_asked_for() -> None:
     assert st.__version__.startswith(os.environ.get("SENTFAST_TEST_ST", ""))
-
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    """Every test starts switched on; without compiled kernels our operators are asked for by name."""
-    sentfast.enable()
-    with registry.use_backend("reference") if BACKEND == "reference" else nullcontext():
-        yield
 
 
 @contextmanager

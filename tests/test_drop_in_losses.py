@@ -5,24 +5,23 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from accuracy import assert_accurate
+from backends import BACKEND
 from sentence_transformers import SentenceTransformer, losses, models, util
 from tiny_models import LETTERS, VERSION, build
 from torch import nn
 from training_runs import save_model
 
 import sentfast
-from sentfast import native, registry
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
 NEW = VERSION >= (6, 2)
 COUNT = 7  # no multiple of the mini-batch of 3
-BACKEND = "cpu" if native.cpu_loaded() else "reference"
 OPERATORS = {"contrastive_loss"}
 MNRL, CACHED = losses.MultipleNegativesRankingLoss, losses.CachedMultipleNegativesRankingLoss
 SYMMETRIC = losses.MultipleNegativesSymmetricRankingLoss
@@ -30,14 +29,6 @@ CACHED_SYMMETRIC = losses.CachedMultipleNegativesSymmetricRankingLoss
 GIST, CACHED_GIST = losses.GISTEmbedLoss, losses.CachedGISTEmbedLoss
 COSENT, TRIPLET, CONTRASTIVE = losses.CoSENTLoss, losses.TripletLoss, losses.ContrastiveLoss
 EVERYTHING = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    sentfast.enable()
-    with nullcontext() if native.cpu_loaded() else registry.use_backend("reference"):
-        yield
-    sentfast.enable()
 
 
 @pytest.fixture(scope="module")

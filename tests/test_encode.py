@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import multiprocessing
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -15,29 +14,21 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate
+from backends import BACKEND
 from sentence_transformers import SentenceTransformer, models
 from tiny_models import HIDDEN, VERSION, build, save_base, texts
 
 import sentfast
-from sentfast import native, registry
+from sentfast import registry
 
+pytestmark = pytest.mark.usefixtures("switched_on")
 FUSED = VERSION >= (6, 2)  # before, `encode` is one piece, and the encoder runs inside its loop
-NATIVE = native.cpu_loaded() and os.environ.get("SENTFAST_BACKEND", "cpu") == "cpu"
-BACKEND = "cpu" if NATIVE else "reference"
 TEXTS = texts(23)
 PAIRS = list(zip(TEXTS[:8], TEXTS[8:16], strict=True))
 PROMPTS = {"query": "query : ", "passage": "the passage: ", "empty": ""}
 
 needs_fused = pytest.mark.skipif(not FUSED, reason="encode has no loop of its own before 6.2")
-needs_native = pytest.mark.skipif(not NATIVE, reason="the compiled CPU kernels are not loaded")
-
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    sentfast.enable()
-    with registry.use_backend("reference") if BACKEND == "reference" else nullcontext():
-        yield
-    sentfast.enable()
+needs_native = pytest.mark.skipif(BACKEND != "cpu", reason="the compiled CPU kernels are not loaded")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import sentfast
 from sentfast import switch
 from sentfast.integrations import transformers
 
+pytestmark = pytest.mark.usefixtures("switched_on")
 FUNCTIONS = (
     "cos_sim",
     "dot_score",
@@ -47,13 +48,6 @@ if tuple(map(int, __version__.split(".")[:2])) < (5, 3):
     STEPS["CachedMultipleNegativesSymmetricRankingLoss"] = "calculate_loss"
 METHODS += [f"{name}.{step}" for name, step in STEPS.items()]
 COUNT = len(FUNCTIONS) + len(METHODS)
-
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    sentfast.enable()
-    yield
-    sentfast.enable()
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

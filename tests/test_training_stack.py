@@ -25,18 +25,9 @@ from torch.utils.data import DataLoader
 from training_runs import ADAM_EPSILON, COLUMNS, COUNT, LABELS, TEXTS, PairwiseMSE, Run, compare, save_model, three_runs
 
 import sentfast
-from sentfast import native, registry
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
 BF16 = torch.finfo(torch.bfloat16).eps
-
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    sentfast.enable()
-    with nullcontext() if native.cpu_loaded() else registry.use_backend("reference"):
-        yield
-    sentfast.enable()
 
 
 @pytest.fixture(scope="module")

@@ -40,17 +40,10 @@ struct Sequences {
   int64_t count, tokens, longest = 0;
 
   Sequences(const Tensor& cu_seqlens, int64_t total) : tensor(torch::stable::contiguous(cu_seqlens)), tokens(total) {
-    STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
-                        cu_seqlens.is_cpu(),
-                    "cu_seqlens: expected an int32 CPU tensor of shape [B + 1]");
+    check_cu_seqlens(tensor, total);
     ends = static_cast<const int32_t*>(tensor.const_data_ptr());
     count = tensor.size(0) - 1;
-    bool rising = ends[0] == 0 && ends[count] == total;
-    for (int64_t i = 0; i < count; ++i) {
-      rising = rising && ends[i] <= ends[i + 1];
-      longest = std::max<int64_t>(longest, ends[i + 1] - ends[i]);
-    }
-    STD_TORCH_CHECK(rising, "cu_seqlens: expected to rise from 0 to ", total, " (the number of tokens)");
+    for (int64_t i = 0; i < count; ++i) longest = std::max<int64_t>(longest, ends[i + 1] - ends[i]);
   }
 
   // Where up to kMostParts parts of about as many tokens start, then the number of sequences.
@@ -151,18 +144,6 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor& q, const Tenso
   return {out, lse};
 }
 
-// [heads, 2 * R - 1], the sum over the parts in order.
-Tensor sum_of_parts(const std::vector<float>& parts, int64_t heads, int64_t columns) {
-  Tensor sum = new_tensor({heads, columns}, ScalarType::Float);
-  auto* out = static_cast<float*>(sum.mutable_data_ptr());
-  const int64_t size = heads * columns;
-  std::fill(out, out + size, 0.0f);
-  for (size_t at = 0; at < parts.size(); at += static_cast<size_t>(size)) {
-    for (int64_t i = 0; i < size; ++i) out[i] += parts[at + static_cast<size_t>(i)];
-  }
-  return sum;
-}
-
 std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                      const Tensor& v, const Tensor&, const Tensor&,
                                                      const Tensor& cu_seqlens, int64_t,
@@ -195,7 +176,9 @@ std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const T
     const std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(scratch_bytes)]);
     kernel(p, begin, end, scratch.get());
   });
-  return {as(grad_qkv, q.scalar_type()), sum_of_parts(grad_bias, columns > 0 ? heads : 0, columns)};
+  Tensor sum = new_tensor({columns > 0 ? heads : 0, columns}, ScalarType::Float);
+  sum_parts(grad_bias.data(), count, heads * columns, heads * columns, static_cast<float*>(sum.mutable_data_ptr()));
+  return {as(grad_qkv, q.scalar_type()), sum};
 }
 
 }  // namespace

@@ -42,14 +42,15 @@ struct Head {
   }
 };
 
-// Word (step, key) goes to keys[key / 64][step][key % 64]; missing keys that a tile reads are zero.
-template <class Step>
-void pack_keys(const Attention& p, const Head<Step>& h) {
-  for (int64_t begin = 0; begin < h.length; begin += kPanel) {
-    const int64_t count = h.length - begin < kPanel ? h.length - begin : kPanel;
-    const int64_t width = count > kPanel / 2 ? kPanel : round_up(count);
-    const Word* from = reinterpret_cast<const Word*>(h.k + begin * p.k.stride);
-    gemm::turn(from, p.k.stride / Step::depth, count, h.steps, width, h.keys + begin * h.steps);
+// Columns of a panel that hold `count` keys, so that a tile of the next larger size finds all it reads.
+inline int64_t panel_width(int64_t count) { return count > kPanel / 2 ? kPanel : round_up(count); }
+
+// Rows become panels of 64 keys: word (step, key) goes to panels[key / 64][step][key % 64]; missing keys that a tile
+// reads are zero.
+inline void turn_keys(const Word* rows, int64_t stride, int64_t length, int64_t steps, Word* panels) {
+  for (int64_t begin = 0; begin < length; begin += kPanel) {
+    const int64_t count = length - begin < kPanel ? length - begin : kPanel;
+    gemm::turn(rows + begin * stride, stride, count, steps, panel_width(count), panels + begin * steps);
   }
 }
 
@@ -141,13 +142,9 @@ Softmax softmax(const float* scores, Element* weights, int64_t first, int64_t be
 // Keys [first, last) that dropout takes; the scale of the others goes with the sum. first: a multiple of a panel.
 template <class Element>
 void drop(const Dropout& p, int64_t row, int64_t head, int64_t first, int64_t last, Element* weights) {
-  for (int64_t key = first; key < last; key += dropout::kBlock) {
-    Vec::Mask masks[dropout::kMasks];
-    dropout::keep(p, row, head, key, masks);
-    each_vector(last - key < dropout::kBlock ? last - key : dropout::kBlock, [&](int64_t d, auto k) SENTFAST_INLINE {
-      store(Vec::select(masks[d / Vec::lanes], load(weights + key + d, k), Vec::zero()), weights + key + d, k);
-    });
-  }
+  dropout::each_mask(p, row, head, first, last, [&](int64_t key, auto k, Vec::Mask mask) SENTFAST_INLINE {
+    store(Vec::select(mask, load(weights + key, k), Vec::zero()), weights + key, k);
+  });
 }
 
 struct Span {
@@ -225,7 +222,7 @@ void attention(const Attention& p, int64_t begin, int64_t end, void* memory) {
   for (int64_t task = begin; task < end; ++task) {
     const Head<Step> h(p, task, memory);
     if (h.length == 0) continue;
-    pack_keys(p, h);
+    turn_keys(reinterpret_cast<const Word*>(h.k), p.k.stride / Step::depth, h.length, h.steps, h.keys);
     pack_values(p, h);
     const int64_t sequence = task / p.heads, queries = p.first_row_only ? 1 : h.length;
     const int64_t first_out = p.first_row_only ? sequence : p.cu_seqlens[sequence];

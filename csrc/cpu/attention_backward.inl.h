@@ -37,9 +37,6 @@ void product(int64_t rows, int64_t steps, int64_t columns, const float* a, int64
   }
 }
 
-// Columns of a panel that hold `count` keys, so that a tile of the next larger size finds all it reads.
-inline int64_t panel_width(int64_t count) { return count > kPanel / 2 ? kPanel : round_up(count); }
-
 // Scratch of one task, cut into its parts; rows are `width` floats.
 struct Work {
   int64_t padded, width, row_stride;
@@ -100,24 +97,19 @@ void narrow(const float* from, int64_t width, float scale, const AttentionBackwa
   }
 }
 
-// Rows become panels of 64 keys.
-inline void turn_rows(const float* rows, int64_t length, int64_t head_dim, int64_t width, float* panels) {
-  for (int64_t begin = 0; begin < length; begin += kPanel) {
-    const int64_t count = length - begin < kPanel ? length - begin : kPanel;
-    gemm::turn(reinterpret_cast<const Word*>(rows + begin * width), width, count, head_dim, panel_width(count),
-               reinterpret_cast<Word*>(panels + begin * head_dim));
-  }
-}
-
 template <class T>
 void prepare(const AttentionBackward& p, const Task& t, const Work& w) {
   const Attention& f = p.forward;
+  const auto turn = [&](const float* rows, float* panels) {
+    attention::turn_keys(reinterpret_cast<const Word*>(rows), w.width, t.length, f.head_dim,
+                         reinterpret_cast<Word*>(panels));
+  };
   widen<T>(f.v, t, f.head_dim, w.width, w.grad_v);  // until it is turned
-  turn_rows(w.grad_v, t.length, f.head_dim, w.width, w.values);
+  turn(w.grad_v, w.values);
   widen<T>(p.grad, t, f.head_dim, w.width, w.grad);
   widen<T>(f.q, t, f.head_dim, w.width, w.q);
   widen<T>(f.k, t, f.head_dim, w.width, w.k);
-  turn_rows(w.k, t.length, f.head_dim, w.width, w.keys);
+  turn(w.k, w.keys);
   fill(w.grad_k, t.length * w.width, 0.0f);
   fill(w.grad_v, t.length * w.width, 0.0f);
 }
@@ -152,17 +144,11 @@ inline void weigh(const Attention& p, const Task& t, int64_t query, const Row& r
 // grad v^T becomes grad_p, and D is made of P.
 inline void drop(const Dropout& p, const Task& t, int64_t query, const Row& r) {
   const Vec scale = Vec::fill(p.scale);
-  for (int64_t panel = r.first; panel < r.last; panel += dropout::kBlock) {
-    Vec::Mask masks[dropout::kMasks];
-    dropout::keep(p, t.begin + query, t.head, panel, masks);
-    const int64_t left = r.last - panel;
-    each_vector(left < dropout::kBlock ? left : dropout::kBlock, [&](int64_t d, auto k) SENTFAST_INLINE {
-      const Vec::Mask mask = masks[d / Vec::lanes];
-      const int64_t key = panel + d;
-      store(Vec::select(mask, load(r.scores + key, k) * scale, Vec::zero()), r.scores + key, k);
-      store(Vec::select(mask, load(r.weights + key, k), Vec::zero()), r.dropped + key, k);
-    });
-  }
+  const auto keep = [&](int64_t key, auto k, Vec::Mask mask) SENTFAST_INLINE {
+    store(Vec::select(mask, load(r.scores + key, k) * scale, Vec::zero()), r.scores + key, k);
+    store(Vec::select(mask, load(r.weights + key, k), Vec::zero()), r.dropped + key, k);
+  };
+  dropout::each_mask(p, t.begin + query, t.head, r.first, r.last, keep);
 }
 
 // grad_p becomes grad_s, which adds to the gradient of the biases.
@@ -191,7 +177,7 @@ void block(const AttentionBackward& p, const Task& t, const Work& w, int64_t beg
   const int64_t last = attention::seen(f, begin + count - 1, t.length).end, keys = last - first;
   const float *q = w.q + begin * w.width, *grad = w.grad + begin * w.width;
   for (int64_t panel = first; panel < last; panel += kPanel) {
-    const int64_t width = panel_width(t.length - panel < kPanel ? t.length - panel : kPanel);
+    const int64_t width = attention::panel_width(t.length - panel < kPanel ? t.length - panel : kPanel);
     const int64_t at = panel * f.head_dim;
     product<false>(count, f.head_dim, width, q, w.width, w.keys + at, kPanel, w.weights + panel, w.row_stride);
     product<false>(count, f.head_dim, width, grad, w.width, w.values + at, kPanel, w.scores + panel, w.row_stride);

@@ -43,6 +43,17 @@ inline void keep(const Dropout& p, int64_t row, int64_t head, int64_t column, Ve
   }
 }
 
+// f(d, k, mask) for each vector of columns [first, last), whose lanes in the mask stay; first: a multiple of 64.
+template <class F>
+SENTFAST_INLINE inline void each_mask(const Dropout& p, int64_t row, int64_t head, int64_t first, int64_t last, F f) {
+  for (int64_t column = first; column < last; column += kBlock) {
+    Vec::Mask masks[kMasks];
+    keep(p, row, head, column, masks);
+    each_vector(last - column < kBlock ? last - column : kBlock,
+                [&](int64_t d, auto k) SENTFAST_INLINE { f(column + d, k, masks[d / Vec::lanes]); });
+  }
+}
+
 // f(d, k, kept) for each vector of a row of n columns; kept(x) is x / (1 - p) where the column stays, else 0.
 template <class F>
 SENTFAST_INLINE inline void each_kept(const Dropout& p, int64_t row, int64_t n, F f) {
@@ -51,14 +62,9 @@ SENTFAST_INLINE inline void each_kept(const Dropout& p, int64_t row, int64_t n, 
     return;
   }
   const Vec scale = Vec::fill(p.scale);
-  for (int64_t column = 0; column < n; column += kBlock) {
-    Vec::Mask masks[kMasks];
-    keep(p, row, 0, column, masks);
-    each_vector(n - column < kBlock ? n - column : kBlock, [&](int64_t d, auto k) SENTFAST_INLINE {
-      const Vec::Mask mask = masks[d / Vec::lanes];
-      f(column + d, k, [&](Vec x) SENTFAST_INLINE { return Vec::select(mask, x * scale, Vec::zero()); });
-    });
-  }
+  each_mask(p, row, 0, 0, n, [&](int64_t d, auto k, Vec::Mask mask) SENTFAST_INLINE {
+    f(d, k, [&](Vec x) SENTFAST_INLINE { return Vec::select(mask, x * scale, Vec::zero()); });
+  });
 }
 
 // y = dropout(x); a row of the mask is a row of x.

@@ -29,18 +29,6 @@ void check_rows(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, name, ": expected a CPU tensor of shape [..., D]");
 }
 
-// partial: [blocks, count, dim]; the sums over the blocks, in order, as `count` vectors.
-void sum_blocks(const Tensor& partial, int64_t blocks, int64_t dim, float* const* out, int64_t count) {
-  const auto* from = static_cast<const float*>(partial.const_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < dim; ++d) out[i][d] = 0.0f;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const float* row = from + (block * count + i) * dim;
-      for (int64_t d = 0; d < dim; ++d) out[i][d] += row[d];
-    }
-  }
-}
-
 float* floats(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 Tensor dropout(const Tensor& x, double p, int64_t seed, int64_t stream) {
@@ -125,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward(const
       kernels().dropout_add_layer_norm_backward[dtype_index(like, "like")][wide ? 1 : 0];
   torch::stable::parallel_for(0, blocks, grain(8 * kPartialRows * rows.dim),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-  float* const out[] = {floats(grad_weight), floats(grad_bias)};
-  sum_blocks(partial, blocks, rows.dim, out, 2);
+  sum_parts(p.partial, blocks, 2 * rows.dim, rows.dim, floats(grad_weight));
+  sum_parts(p.partial + rows.dim, blocks, 2 * rows.dim, rows.dim, floats(grad_bias));
   return {grad_sum, grad_x, grad_weight, grad_bias};
 }
 
@@ -177,8 +165,7 @@ std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& grad, const Te
   const BiasActivationFn kernel = kernels().bias_activation_backward[dtype_index(x, "x")];
   torch::stable::parallel_for(0, blocks, grain(16 * kPartialRows * rows.dim),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-  float* const out[] = {floats(grad_bias)};
-  if (bias.has_value()) sum_blocks(partial, blocks, rows.dim, out, 1);
+  if (bias.has_value()) sum_parts(p.partial, blocks, rows.dim, rows.dim, floats(grad_bias));
   return {grad_x, grad_bias};
 }
 

@@ -25,17 +25,6 @@ bool has_max(const std::vector<int64_t>& modes) {
   return false;
 }
 
-void check_cu_seqlens(const Tensor& cu_seqlens, int64_t total) {
-  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
-                      cu_seqlens.is_cpu(),
-                  "cu_seqlens: expected an int32 CPU tensor of shape [B + 1]");
-  const auto* ends = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-  const int64_t batch = cu_seqlens.size(0) - 1;
-  bool rising = ends[0] == 0 && ends[batch] == total;
-  for (int64_t i = 0; i < batch; ++i) rising = rising && ends[i] <= ends[i + 1];
-  STD_TORCH_CHECK(rising, "cu_seqlens: expected to rise from 0 to ", total, " (the number of tokens)");
-}
-
 // Fills everything but batch, length and dim.
 void set_layout(Layout& layout, const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens,
                 int64_t prompt_length) {

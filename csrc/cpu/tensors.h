@@ -120,6 +120,26 @@ struct RowView {
   }
 };
 
+// int32 [B + 1] that rises from 0 to the number of tokens; contiguous, or it cannot be read.
+inline void check_cu_seqlens(const Tensor& cu_seqlens, int64_t total) {
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
+                      cu_seqlens.is_cpu(),
+                  "cu_seqlens: expected an int32 CPU tensor of shape [B + 1]");
+  const auto* ends = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int64_t batch = cu_seqlens.size(0) - 1;
+  bool rising = ends[0] == 0 && ends[batch] == total;
+  for (int64_t i = 0; i < batch; ++i) rising = rising && ends[i] <= ends[i + 1];
+  STD_TORCH_CHECK(rising, "cu_seqlens: expected to rise from 0 to ", total, " (the number of tokens)");
+}
+
+// out[i] = the sum of `size` floats of each part, in the order of the parts, which lie `stride` apart.
+inline void sum_parts(const float* parts, int64_t count, int64_t stride, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = 0.0f;
+  for (int64_t part = 0; part < count; ++part) {
+    for (int64_t i = 0; i < size; ++i) out[i] += parts[part * stride + i];
+  }
+}
+
 // Items per task so that a task is worth handing to another thread.
 inline int64_t grain(int64_t elements_per_item) {
   constexpr int64_t worthwhile = 32768;
