@@ -21,6 +21,7 @@ Names: ``<op>`` gives the result alone, ``<op>_forward`` the result and what ``<
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,7 +198,9 @@ def _triton(op: Op) -> Callable | None:
     return (op.forward or op).triton
 
 
+@functools.cache
 def _has_cuda(op: Op) -> bool:
+    """Asked only when the library is open, so the answer stays."""
     return torch._C._dispatch_has_kernel_for_dispatch_key((op.forward or op).cuda.name(), "CUDA")
 
 

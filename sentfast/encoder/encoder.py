@@ -231,12 +231,22 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
         precision: "match", the model's dtype, or "bf16" (where the kernels in use have bfloat16 products).
         inside: the call comes from the model's own ``forward``, so hooks on the model itself run anyway.
     """
+    found = encoder_or_parts(model, precision, inside=inside, trains=False)
+    assert not isinstance(found, Parts)
+    return found
+
+
+def encoder_or_parts(
+    model: nn.Module, precision: str = "match", *, inside: bool = False, trains: bool = True
+) -> Encoder | Parts | str:
+    """As :func:`encoder_of`, but the model's parts where a gradient is needed or dropout active, if it `trains`."""
     choice.check_precision(precision)
     entry = _covered(model, inside)
     if isinstance(entry, str):
         return entry
+    # In training every step changes the weights, which need not be looked at.
     if entry.structure.drops() or (torch.is_grad_enabled() and entry.structure.requires_grad()):
-        return "SF122"  # weights that each step changes need not be looked at
+        return _parts(model, entry) if trains else "SF122"
     if not entry.state.current():  # type: ignore[union-attr]  # of a covered model
         entry = _renewed(model)
     if isinstance(entry.found, Refusal):
@@ -250,11 +260,7 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
     return _packed(entry, dtype) if encoder is None else encoder
 
 
-def parts_of(model: nn.Module, *, inside: bool = False) -> Parts | str:
-    """The model taken apart, for a forward pass that a gradient goes through; or the reason code why there is none."""
-    entry = _covered(model, inside)
-    if isinstance(entry, str):
-        return entry
+def _parts(model: nn.Module, entry: _Entry) -> Parts | str:
     if not entry.structure.same_kinds():
         entry = _renewed(model)
     if isinstance(entry.found, Refusal):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,9 @@ def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
     )
 
 
-def _norm(norm: nn.LayerNorm | None, x: Tensor) -> Tensor:
-    return x if norm is None else dropout_add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
+def _norm(norm: nn.LayerNorm | None, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+    """options: the dropout of x, to which the residual is added."""
+    return x if norm is None else dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)
 
 
 def _bias(parts: Parts, longest: int) -> Tensor | None:
@@ -103,31 +104,17 @@ def _angles(parts: Parts, position_ids: Tensor) -> tuple[tuple[Tensor, Tensor], 
 
 
 def _layer(batch: _Batch, index: int, x: Tensor) -> Tensor:
-    parts = batch.parts
-    layer = parts.layers[index]
-    add = _add_before if parts.architecture.pre_norm else _add_after
-    first, second = layer.attention_norm, layer.feed_forward_norm
-    attended = _attend(batch, index, _norm(first, x) if parts.architecture.pre_norm else x)
-    x = add(batch, _stream(index, _OUTPUT), attended, x, layer.dropouts.output, first)
-    fed = _feed_forward(batch, index, _norm(second, x) if parts.architecture.pre_norm else x)
-    return add(batch, _stream(index, _FEED_FORWARD), fed, x, layer.dropouts.feed_forward, second)
-
-
-def _add_after(
-    batch: _Batch, stream: int, y: Tensor, x: Tensor, dropped: nn.Module | None, norm: nn.LayerNorm | None
-) -> Tensor:
-    """The norm of x + dropout(y)."""
-    assert norm is not None
-    return dropout_add_layer_norm(
-        y, x, norm.weight, norm.bias, norm.eps, dropout_p=rate(dropped), seed=batch.seed, stream=stream
-    )
-
-
-def _add_before(
-    batch: _Batch, stream: int, y: Tensor, x: Tensor, dropped: nn.Module | None, norm: nn.LayerNorm | None
-) -> Tensor:
-    """x + dropout(y): the norm came before."""
-    return x + dropout(y, rate(dropped), seed=batch.seed, stream=stream)
+    layer = batch.parts.layers[index]
+    for part, use, norm, dropped in (
+        (_attend, _OUTPUT, layer.attention_norm, layer.dropouts.output),
+        (_feed_forward, _FEED_FORWARD, layer.feed_forward_norm, layer.dropouts.feed_forward),
+    ):
+        p, stream = rate(dropped), _stream(index, use)
+        if batch.parts.architecture.pre_norm:
+            x = x + dropout(part(batch, index, _norm(norm, x)), p, seed=batch.seed, stream=stream)
+        else:
+            x = _norm(norm, part(batch, index, x), x, dropout_p=p, seed=batch.seed, stream=stream)
+    return x
 
 
 def _attend(batch: _Batch, index: int, x: Tensor) -> Tensor:

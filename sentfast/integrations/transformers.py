@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sentfast import switch
-from sentfast.encoder import Encoder, Packed, choice, encoder_of, pack_padded, parts_of, token_embeddings
+from sentfast.encoder import Encoder, Packed, choice, encoder_or_parts, pack_padded, token_embeddings
 from sentfast.encoder.architecture import Architecture, architecture_of
 from sentfast.encoder.examine import Parts
 from sentfast.integrations import guards
@@ -94,8 +94,7 @@ def _forward(architecture: Architecture, signature: Signature, model: Any, *args
     form = _form(model, arguments)
     if isinstance(form, str):
         return form
-    encoder = encoder_of(model, choice.chosen(model) or "match", inside=True)
-    found = parts_of(model, inside=True) if encoder == "SF122" else encoder
+    found = encoder_or_parts(model, choice.chosen(model) or "match", inside=True)
     if isinstance(found, str):
         return found
     packed = pack_padded(found.tables, *(arguments.get(name) for name in _INPUTS))
