@@ -6,17 +6,29 @@ to wait for, is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import encoders
+import numpy as np
 import pytest
+import test_training
+import tiny_models
 import torch
 from accuracy import assert_accurate
+from sentence_transformers import models
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import sentfast
-from sentfast import native
-from sentfast.encoder import Composed, device, encoder_of
+from sentfast import functional, registry
+from sentfast.encoder import Composed, device, encoder_of, examine, graphs, lengths, pack_on_device, training
+from sentfast.encoder import composed as composed_module
+from sentfast.integrations import encode
 
 LENGTHS = [9, 3, 1, 17, 6]
 
@@ -44,3 +56,607 @@ def test_token_embeddings(model_type: str) -> None:
             inputs["token_type_ids"] = torch.randint(0, 2, inputs["input_ids"].shape)
         encoder, _ = encoders.check(made, inputs)
         assert isinstance(encoder, Composed) and encoder.precision == "fp32"
+
+
+def half_like(made: Any, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What transformers gives in half precision for the used positions, and the exact result of the same weights."""
+    used = inputs["attention_mask"].bool()
+    with sentfast.disabled():
+        return copy.deepcopy(made).to(dtype)(**inputs).last_hidden_state[used], encoders.exact(made, inputs)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_half_models(model_type: str, dtype: torch.dtype) -> None:
+    made, inputs = encoders.model(model_type).to(dtype), encoders.batch(LENGTHS)
+    eager, exact = half_like(made, inputs, dtype)
+    result = encoders.run(composed(made), inputs)
+    assert result.dtype == dtype
+    assert_accurate(result, eager, exact)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("way", ["accelerate", "autocast"])
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_bfloat16_products_of_a_float32_model(model_type: str, way: str) -> None:
+    made, inputs = encoders.model(model_type), encoders.batch(LENGTHS)
+    eager, exact = half_like(made, inputs, torch.bfloat16)
+    if way == "accelerate":
+        result = encoders.run(composed(made, "bf16"), inputs)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            encoder = composed(made)
+            result = encoders.run(encoder, inputs)
+        assert encoder.precision == "bf16"
+    assert result.dtype == torch.float32
+    size = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps * exact.abs().max().item()
+    assert_accurate(result, eager, exact, size=size)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert"])
+def test_pooled(model_type: str) -> None:
+    """In one call with the layers: the same as pooling the token embeddings."""
+    made, inputs = encoders.model(model_type), encoders.batch(LENGTHS)
+    encoder, modes = composed(made), ("mean", "cls", "lasttoken")
+    tokens = encoders.run(encoder, inputs)
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    expected = functional.pool(tokens, cu_seqlens=ends, mode=modes, prompt_length=1, normalize=True)
+    assert torch.equal(encoders.run(encoder, inputs, modes=modes, prompt_length=1, normalize=True), expected)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_bad_arguments_are_named() -> None:
+    encoder = composed(encoders.model("bert"))
+    ids, ends = torch.tensor([3, 4, 5], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    for call, error, words in (
+        (lambda: encoder.run(ids.long(), ends), ValueError, "input_ids: expected contiguous int32"),
+        (lambda: encoder.run(ids + 60, ends), IndexError, "input_ids: expected numbers from 0 to 59"),
+        (lambda: encoder.run(ids, ends + 1), ValueError, "cu_seqlens: expected numbers that rise from 0 to 3"),
+        (lambda: encoder.run(ids, ends, modes=("sum",)), ValueError, "modes: expected names"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+
+
+# ---- a padded batch that is on the device ------------------------------------------------------------------------
+
+
+def steps_ran(code: str = "") -> Any:
+    """The operators of the layers and nothing that fell back, or a fallback for this reason alone."""
+    report = sentfast.report()
+    names = {name for name, _ in report.calls}
+    if code:
+        return {found for _, found in report.fallbacks} == {code} and "varlen_attention" not in names
+    return {"varlen_attention", "dropout_add_layer_norm"} <= names and "encoder" not in names and not report.fallbacks
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_padded_batch(model_type: str) -> None:
+    made = sentfast.accelerate(encoders.model(model_type))
+    for lengths in (LENGTHS, [7, 7, 7], [1], [12, 1]):
+        inputs = encoders.batch(lengths)
+        inputs["input_ids"][0, 0] = encoders.PADDING  # inside a text it moves the positions of RoBERTa
+        expected = encoders.stock(made, **inputs)
+        sentfast.report(reset=True)
+        result = made(**inputs)
+        assert steps_ran(), str(sentfast.report())
+        assert type(result) is type(expected) and list(result) == list(expected)
+        used = inputs["attention_mask"].bool()
+        hidden = result.last_hidden_state
+        torch.testing.assert_close(hidden[used], expected.last_hidden_state[used], rtol=1e-4, atol=1e-4)
+        assert not hidden[~used].any()
+    without_mask = made(inputs["input_ids"][:1])
+    with sentfast.disabled():
+        torch.testing.assert_close(without_mask[0], made(inputs["input_ids"][:1])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_types_and_positions() -> None:
+    made, inputs = sentfast.accelerate(encoders.model("bert")), encoders.batch(LENGTHS)
+    shape = inputs["input_ids"].shape
+    used = inputs["attention_mask"].bool()
+    for options in (
+        {"token_type_ids": torch.randint(0, 2, shape), "position_ids": torch.randint(0, 66, shape)},
+        {"token_type_ids": torch.randint(0, 2, (1, shape[1])), "position_ids": torch.randint(0, 66, (1, shape[1]))},
+    ):
+        expected = encoders.stock(made, **inputs, **options)[0][used]
+        sentfast.report(reset=True)
+        torch.testing.assert_close(made(**inputs, **options)[0][used], expected, rtol=1e-4, atol=1e-4)
+        assert steps_ran(), str(sentfast.report())
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "left padding": lambda mask: mask.flip(1),
+    "a hole": lambda mask: mask * (torch.arange(mask.shape[1]) != 1),
+    "a row without tokens": lambda mask: mask * (torch.arange(mask.shape[0]) > 0).unsqueeze(1),
+    "a weight": lambda mask: mask * 2,
+}
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("case", MASKS)
+def test_masks_for_the_original(case: str) -> None:
+    made, inputs = sentfast.accelerate(encoders.model("bert", attn_implementation="eager")), encoders.batch([9, 3, 5])
+    inputs["attention_mask"] = MASKS[case](inputs["attention_mask"])
+    expected = encoders.stock(made, **inputs)[0]
+    sentfast.report(reset=True)
+    assert torch.equal(made(**inputs)[0], expected)
+    assert steps_ran("SF104"), str(sentfast.report())
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32], ids=str)
+def test_masks_of_other_types(dtype: torch.dtype) -> None:
+    made, inputs = encoders.model("bert"), encoders.batch(LENGTHS)
+    tables = composed(made).tables
+    mask = inputs["attention_mask"].to(dtype)
+    batch = pack_on_device(tables, torch.device("cpu"), inputs["input_ids"], mask)
+    assert isinstance(batch, device.DeviceBatch), batch
+    assert batch.cu_seqlens.diff().tolist() == LENGTHS and batch.longest == max(LENGTHS)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_noted_lengths_are_used_until_the_mask_changes() -> None:
+    made, inputs = encoders.model("bert"), encoders.batch(LENGTHS)
+    tables, mask = composed(made).tables, inputs["attention_mask"]
+
+    def lengths_found() -> list[int]:
+        batch = pack_on_device(tables, torch.device("cpu"), inputs["input_ids"], mask)
+        assert isinstance(batch, device.DeviceBatch)
+        return batch.cu_seqlens.diff().tolist()
+
+    with torch.inference_mode(False):
+        mask = mask.clone()
+    lengths.note(mask, np.array([2, 2, 2, 2, 2]))
+    assert lengths_found() == [2, 2, 2, 2, 2]  # nobody has looked at the mask
+    mask[0, 8] = 0
+    assert lengths_found() == [8, *LENGTHS[1:]]
+
+
+def test_lengths_of_a_mask() -> None:
+    mask = encoders.batch(LENGTHS)["attention_mask"]
+    for dtype in (torch.int64, torch.int32, torch.bool):
+        found = lengths.of_mask(mask.to(dtype))
+        assert found is not None and found.tolist() == LENGTHS
+    for odd in (mask.flip(1), mask * 2, mask.float(), mask[0]):
+        assert lengths.of_mask(odd) is None
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_gradients(model_type: str) -> None:
+    with torch.enable_grad():
+        made, inputs = test_training.trained(model_type), encoders.batch(LENGTHS)
+        weights = torch.randn(sum(LENGTHS), 32)
+        sentfast.report(reset=True)
+        result, got = test_training.gradients(made, inputs, weights)
+        assert steps_ran(), str(sentfast.report())
+        with sentfast.disabled():
+            eager, plain = test_training.gradients(made, inputs, weights)
+            exact, true = test_training.exact_gradients(made, inputs, weights)
+    assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
+    test_training.assert_gradients(got, plain, true)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_training_step_renews_the_packed_weights() -> None:
+    """Also where an optimiser has written to them without a trace."""
+    made, inputs = sentfast.accelerate(encoders.model("bert")), encoders.batch(LENGTHS)
+    used = inputs["attention_mask"].bool()
+    made(**inputs)
+    before = composed(made)
+    with torch.enable_grad():
+        made(**inputs)[0].sum().backward()
+    weight = made.encoder.layer[0].attention.self.query.weight
+    np.multiply(weight.detach().numpy(), 1.5, out=weight.detach().numpy())
+    assert composed(made) is not before
+    expected = encoders.stock(made, **inputs)[0][used]
+    torch.testing.assert_close(made(**inputs)[0][used], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_replicas_run_the_original() -> None:
+    with encoders.surroundings():
+        made = encoders.model("bert")
+        made._is_replica = True
+        assert encoder_of(made) == "SF114"
+
+
+# ---- CUDA graphs -------------------------------------------------------------------------------------------------
+
+
+class Repeating:
+    """Stands for CUDA: a "graph" calls the function again, which finds the block as it is then."""
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed, self.turns = 0, 0, 0
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.recorded += 1
+        output = run().clone()
+
+        def replay() -> None:
+            self.replayed += 1
+            output.copy_(run())
+
+        return replay, output
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        self.turns += 1
+        yield
+
+
+@pytest.fixture
+def capture(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repeating]:
+    found = Repeating()
+    monkeypatch.setattr(composed_module, "captures", lambda device: True)
+    monkeypatch.setattr(composed_module, "CudaCapture", lambda device: found)
+    # The compiled CPU kernels refuse offsets that leave tokens out; those of a GPU cannot look, and read the rows of
+    # sequences alone. Attention leaves the others unwritten, which is NaN here.
+    pool = composed_module._pool
+    monkeypatch.setattr(composed_module, "_pool", lambda x, mask, ends, *o: pool(x[: ends[-1]], mask, ends, *o))
+    with registry.use_backend("reference"):
+        yield found
+
+
+def packed_texts(text_lengths: list[int]) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(2, encoders.VOCABULARY, (sum(text_lengths),), dtype=torch.int32)
+    return ids, torch.tensor([0, *text_lengths]).cumsum(0).int()
+
+
+def test_buckets() -> None:
+    assert graphs.shape_of(1, 1, 1) == (16, 2, 16)
+    assert graphs.shape_of(16, 2, 14) == (16, 2, 16)
+    assert graphs.shape_of(17, 4, 5) == (32, 4, 16)
+    assert graphs.shape_of(300, 1, 300) == (512, 64, 512)
+    assert graphs.shape_of(300, 60, 17) == (512, 64, 32)
+    assert graphs.shape_of(graphs.MOST_TOKENS, 8, 256) == (2048, 256, 256)
+    assert graphs.shape_of(graphs.MOST_TOKENS + 1, 8, 256) is None
+    assert graphs.shape_of(30, 5, 16) is None  # more sequences than there is room for
+    assert graphs.shape_of(0, 1, 0) is None
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert"])
+def test_graphs_give_the_same_results(model_type: str, capture: Repeating) -> None:
+    """Batches of one bucket, longer and shorter than the one it was made for, with more and fewer sequences.
+
+    Each fills the block anew: offsets, ids and types of another batch would be seen.
+    """
+    made = encoders.model(model_type)
+    encoder = composed(made)
+    shapes = [[9, 3], [9, 3], [20], [16, 4, 1, 2], [1] * 4, [31], [5], [3, 28], [32], [2, 2, 28]]
+    for text_lengths in shapes + shapes[::-1]:
+        ids, ends = packed_texts(text_lengths)
+        options: dict[str, Any] = {"modes": ("mean", "cls"), "prompt_length": 1, "normalize": True}
+        if model_type == "bert" and len(text_lengths) > 1:
+            options["token_type_ids"] = torch.randint(0, 2, ids.shape, dtype=torch.int32)
+        result = encoder.run(ids, ends, **options)
+        expected = without_graphs(encoder, ids, ends, **options)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert 0 < capture.recorded <= 4 and capture.replayed == capture.turns >= 14
+
+
+def without_graphs(encoder: Composed, *args: Any, **options: Any) -> Tensor:
+    found, encoder._graphs = encoder._graphs, None
+    try:
+        return encoder.run(*args, **options)
+    finally:
+        encoder._graphs = found
+
+
+def test_a_longer_text_gets_launches_of_its_own(capture: Repeating, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest sequence is fixed when a graph is made. Each attention is told at least what its batch has."""
+    told = []
+    operator = composed_module._varlen_attention
+
+    def attention(*args: Any) -> Tensor:
+        told.append((args[4], int(args[3].diff().max())))
+        return operator(*args)
+
+    monkeypatch.setattr(composed_module, "_varlen_attention", attention)
+    encoder = composed(encoders.model("bert"))
+    for text_lengths in ([15, 15], [15, 15], [15, 15], [28, 2], [28, 2], [28, 2], [1, 16], [16, 16]):
+        encoder.run(*packed_texts(text_lengths), modes=("mean",))
+    assert capture.replayed == 6 and {bound for bound, _ in told} >= {16, 32}
+    assert all(longest <= bound for bound, longest in told)
+
+
+def test_graphs_of_other_options_are_apart(capture: Repeating) -> None:
+    encoder = composed(encoders.model("bert"))
+    ids, ends = packed_texts([7])
+    for options in ({"modes": ("mean",)}, {"modes": ("cls",)}, {"modes": ("mean",), "normalize": True}) * 3:
+        result = encoder.run(ids, ends, **options)
+        torch.testing.assert_close(result, without_graphs(encoder, ids, ends, **options), rtol=1e-5, atol=1e-5)
+    assert capture.recorded == 3 and capture.replayed == 6
+
+
+def test_results_are_not_overwritten_by_the_next_replay(capture: Repeating) -> None:
+    encoder = composed(encoders.model("bert"))
+    texts = [packed_texts([8]) for _ in range(4)]
+    results = [encoder.run(*text, modes=("mean",)) for text in texts]
+    for text, result in zip(texts, results, strict=True):
+        torch.testing.assert_close(result, without_graphs(encoder, *text, modes=("mean",)), rtol=1e-5, atol=1e-5)
+    assert capture.replayed == 3
+
+
+def test_only_so_many_graphs_are_kept(capture: Repeating) -> None:
+    encoder = composed(encoders.model("bert"))
+    found = encoder._graphs
+    assert found is not None
+    found._most = 2
+    for text_lengths in ([5], [5], [20], [20], [40], [40], [20], [5], [5]):
+        encoder.run(*packed_texts(text_lengths), modes=("mean",))
+        assert len(found) <= 2
+    assert capture.recorded == 4  # the one of 5 tokens was dropped, the one of 20 was not
+
+
+def test_new_weights_drop_the_graphs(capture: Repeating) -> None:
+    made = encoders.model("bert")
+    text = packed_texts([6])
+    for _ in range(3):
+        old = composed(made).run(*text, modes=("mean",))
+    assert capture.recorded == 1
+    made.encoder.layer[0].attention.self.query.weight.mul_(2)
+    for _ in range(3):
+        new = composed(made).run(*text, modes=("mean",))
+    assert capture.recorded == 2
+    assert not torch.allclose(old, new)
+    torch.testing.assert_close(new, without_graphs(composed(made), *text, modes=("mean",)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_capture_that_fails_is_not_tried_again(capture: Repeating, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(run: Any) -> Any:
+        capture.recorded += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(capture, "record", record)
+    encoder, text = composed(encoders.model("bert")), packed_texts([6])
+    results = [encoder.run(*text, modes=("mean",)) for _ in range(4)]
+    assert capture.recorded == 1 and all(torch.equal(result, results[0]) for result in results)
+
+
+def test_large_batches_and_token_embeddings_use_no_graph(capture: Repeating) -> None:
+    encoder = composed(encoders.model("bert"))
+    for _ in range(3):
+        encoder.run(*packed_texts([6]))
+        encoder.run(*packed_texts([60] * 35), modes=("mean",))
+    assert not capture.recorded
+
+
+def test_threads_do_not_disturb_each_other(capture: Repeating) -> None:
+    encoder = composed(encoders.model("bert"))
+    texts = [packed_texts([4 + i % 5]) for i in range(40)]
+    expected = [without_graphs(encoder, *text, modes=("mean",)) for text in texts]
+
+    def run(text: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.no_grad(), registry.use_backend("reference"):
+            return encoder.run(*text, modes=("mean",))
+
+    with ThreadPoolExecutor(4) as pool:
+        for result, one in zip(pool.map(run, texts), expected, strict=True):
+            torch.testing.assert_close(result, one, rtol=1e-5, atol=1e-5)
+    assert capture.replayed >= 38
+
+
+# ---- encode ------------------------------------------------------------------------------------------------------
+
+needs_fused = pytest.mark.skipif(tiny_models.VERSION < (6, 2), reason="encode has no loop of its own before 6.2")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.save_base(tmp_path_factory.mktemp("models"), "mpnet")
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "tensor": {"convert_to_tensor": True},
+    "list": {"convert_to_numpy": False},
+    "batches of 7": {"batch_size": 7},
+    "progress bar": {"show_progress_bar": True, "convert_to_tensor": True},
+    "normalized": {"normalize_embeddings": True},
+    "truncated": {"truncate_dim": 11, "normalize_embeddings": True},
+    "prompt": {"prompt": "weather: "},
+}
+
+
+@needs_fused
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("case", ARGUMENTS)
+@pytest.mark.parametrize("count", [1, 23, 150])
+def test_encode(path: str, case: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In windows and batches that are smaller than they are, so that there are several."""
+    for name, number in (("_FIRST_WINDOW", 20), ("_WINDOW_ON_DEVICE", 50), ("TOKENS_ON_DEVICE", 300)):
+        monkeypatch.setattr(encode, name, number)
+    model = tiny_models.build(path, models.Dense(tiny_models.HIDDEN, 16), models.Normalize(), include_prompt=False)
+    texts, arguments = tiny_models.texts(count), ARGUMENTS[case]
+    with sentfast.disabled():
+        eager = model.encode(texts, **arguments)
+        exact = copy.deepcopy(model).double().encode(texts, **arguments)
+    sentfast.report(reset=True)
+    result = model.encode(texts, **arguments)
+    report = sentfast.report()
+    assert steps_ran() and ("pool_forward" in {name for name, _ in report.calls} or report.calls), str(report)
+    assert type(result) is type(eager) and len(result) == len(eager)
+    if isinstance(result, list):
+        result, eager, exact = torch.stack(result), torch.stack(eager), torch.stack(exact)
+    result, eager, exact = (torch.as_tensor(x) for x in (result, eager, exact))
+    assert result.dtype == eager.dtype and result.device == eager.device
+    assert_accurate(result, eager, exact, size=1.0)
+
+
+@needs_fused
+@pytest.mark.usefixtures("on_cpu")
+def test_encode_of_nothing_and_of_bad_ids(path: str) -> None:
+    model = tiny_models.build(path)
+    assert len(model.encode([])) == 0
+    assert model.encode([], convert_to_tensor=True).shape == (0,)
+    model[0].auto_model.resize_token_embeddings(3)
+    with sentfast.disabled(), pytest.raises(IndexError) as expected:
+        model.encode(["weather"])
+    with pytest.raises(IndexError) as found:
+        model.encode(["weather"])
+    assert str(found.value) == str(expected.value)
+
+
+# ---- fake CUDA tensors -------------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+_FREE = {"view", "t", "unbind", "select", "narrow", "slice", "expand", "unsqueeze", "squeeze", "transpose", "permute"}
+_FREE |= {"_unsafe_view", "reshape", "detach", "alias", "split", "empty", "empty_like", "new_empty", "unsqueeze_"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would run, and refuses what the host would have to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"), f"waits: {name}"
+        result = function(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_"):
+            source = args[0] if name == "_to_copy" else args[1]
+            assert result.device.type == source.device.type or source.device.type == "cpu", f"waits: {name} to the CPU"
+        if name not in _FREE:
+            self.names.append(name)
+        return result
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """Fake tensors on a GPU that need not exist; our operators give their shapes."""
+    launches = Launches()
+
+    def call(self: Any, *args: Any) -> Any:
+        with _disable_current_modes():
+            launches.names.append(self.name)
+        before = len(launches.names)
+        result = self.fake(*args)
+        del launches.names[before:]  # one kernel, whatever its shapes are made of
+        return result
+
+    def send(values: np.ndarray, to_device: torch.device, to: Tensor | None = None) -> Tensor:
+        return torch.empty(len(values), dtype=torch.int32, device=to_device) if to is None else to
+
+    monkeypatch.setattr(registry.Op, "__call__", call)
+    for module in (composed_module, device, graphs):
+        monkeypatch.setattr(module, "send", send)
+    monkeypatch.setattr(composed_module, "captures", lambda device: False)
+    # A fake parameter is no nn.Parameter by its type.
+    monkeypatch.setattr(examine, "_check_parameters", lambda model: None)
+    with FakeTensorMode(), torch.no_grad():
+        yield launches
+
+
+def parts_on_gpu(model_type: str, dtype: torch.dtype, **options: Any) -> examine.Parts:
+    with _disable_current_modes():
+        made = encoders.model(model_type, **options)
+    for module in made.modules():
+        for table in (module._parameters, module._buffers):
+            for name, x in table.items():
+                if x is not None:
+                    kind = dtype if x.is_floating_point() else x.dtype
+                    fake = torch.empty(x.shape, dtype=kind, device=GPU)
+                    table[name] = nn.Parameter(fake) if isinstance(x, nn.Parameter) else fake
+    found = examine.examine(made)
+    assert isinstance(found, examine.Parts), found
+    return found
+
+
+def launches_of(launches: Launches, run: Callable[[], Tensor]) -> list[str]:
+    launches.names = []
+    with launches:
+        result = run()
+    assert result.device == GPU
+    return launches.names
+
+
+# Rotary angles, their halves put side by side and written back, and the gate's product.
+PER_LAYER = {"modernbert": 8 + 9}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_launches_and_devices(model_type: str, dtype: torch.dtype, gpu: Launches) -> None:
+    """Eight launches a layer; every tensor on the GPU; nothing that the host waits for."""
+    layers = {"n_layers" if model_type == "distilbert" else "num_hidden_layers": 6}
+    counts = []
+    for options in ({}, layers):
+        parts = parts_on_gpu(model_type, dtype, **options)
+        encoder = Composed(parts, dtype)
+        ids, ends = host_batch(LENGTHS)
+        names = launches_of(gpu, lambda: encoder.run(ids, ends, modes=("mean",), normalize=True))
+        assert names[-1] == "pool"
+        counts.append((len(names), len(parts.layers)))
+    (few, short), (many, deep) = counts
+    assert (many - few) / (deep - short) <= PER_LAYER.get(model_type, 8), names
+    assert few - short * PER_LAYER.get(model_type, 8) <= 10, names
+
+
+def host_batch(text_lengths: list[int]) -> tuple[Tensor, Tensor]:
+    with _disable_current_modes():
+        return packed_texts(text_lengths)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert"])
+def test_bfloat16_products_cost_two_casts_a_layer(model_type: str, gpu: Launches) -> None:
+    encoder = Composed(parts_on_gpu(model_type, torch.float32), torch.bfloat16)
+    ids, ends = host_batch(LENGTHS)
+    result = encoder.run(ids, ends)
+    assert result.dtype == torch.float32
+    names = launches_of(gpu, lambda: encoder.run(ids, ends))
+    assert names.count("_to_copy") <= 2 * len(encoder._layers) + (2 if model_type == "modernbert" else 0) * 4
+
+
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_packing_a_batch_on_the_gpu(model_type: str, gpu: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noted lengths nothing is waited for, without them the mask is, and nothing else."""
+    parts = parts_on_gpu(model_type, torch.float16)
+    encoder = Composed(parts, torch.float16)
+    ids, mask = (torch.ones(5, 17, dtype=torch.int64, device=GPU) for _ in range(2))
+    monkeypatch.setattr(lengths, "recall", lambda mask: np.array(LENGTHS))
+
+    def run() -> Tensor:
+        batch = pack_on_device(parts.tables, GPU, ids, mask, torch.zeros_like(ids))
+        assert isinstance(batch, device.DeviceBatch), batch
+        assert batch.longest == 17 and batch.input_ids.shape[0] == sum(LENGTHS)
+        return batch.pad(encoder.hidden(batch))
+
+    launches_of(gpu, run)
+    assert pack_on_device(parts.tables, torch.device("cpu"), ids, mask) == "SF103"
+    monkeypatch.setattr(lengths, "recall", lambda mask: None)
+    with pytest.raises(AssertionError, match="waits: _to_copy to the CPU"):
+        launches_of(gpu, run)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_training_on_the_gpu(
+    model_type: str, autocast: torch.dtype | None, gpu: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The differentiable steps with dropout: every tensor on the GPU, nothing that the host waits for."""
+    seed = torch.tensor(3)
+    monkeypatch.setattr(training.torch, "randint", lambda *args: 3)
+    parts = parts_on_gpu(model_type, torch.float32)
+    for layer in parts.layers:
+        layer.module.train()
+    ids = torch.ones(sum(LENGTHS), dtype=torch.int32, device=GPU)
+    ends = torch.zeros(len(LENGTHS) + 1, dtype=torch.int32, device=GPU)
+    types = ids if parts.token_types is not None else None
+
+    def run() -> Tensor:
+        with torch.enable_grad(), torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
+            return training.token_embeddings(parts, ids, ends, 17, types, ids)
+
+    names = launches_of(gpu, run)
+    assert run().requires_grad and run().dtype == torch.float32, seed
+    assert names.count("varlen_attention_forward") == len(parts.layers)

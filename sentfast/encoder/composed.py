@@ -77,7 +77,7 @@ class Composed:
         device: where the model is, and the result.
     """
 
-    def __init__(self, parts: Parts, compute_dtype: torch.dtype, graphs: Graphs | None = None):
+    def __init__(self, parts: Parts, compute_dtype: torch.dtype):
         self.architecture = parts.architecture.model_type
         self.hidden_size = parts.hidden_size
         self.tables = parts.tables
@@ -95,9 +95,7 @@ class Composed:
         self._angles = _angles(parts)
         self._first_norm = _norm(parts.layers[0].attention_norm if self._pre_norm else None)
         self._layers = [self._layer(parts, index) for index in range(len(parts.layers))]
-        if graphs is None and captures(self.device):
-            graphs = Graphs(CudaCapture(self.device), self.device)
-        self._graphs = graphs
+        self._graphs = Graphs(CudaCapture(self.device), self.device) if captures(self.device) else None
 
     @property
     def max_length(self) -> int:
