@@ -91,7 +91,7 @@ class Composed:
         self._embedding_norm = _norm(parts.embedding_norm)
         self._projection = None if parts.projection is None else self._matrix([parts.projection])
         bias = position_bias(parts, max(self.max_length, 1))
-        self._bias = None if bias is None else bias.detach().to(accumulation_dtype(self.dtype)).contiguous()
+        self._bias = None if bias is None else _copy(bias.detach().to(accumulation_dtype(self.dtype)))
         self._angles = _angles(parts)
         self._first_norm = _norm(parts.layers[0].attention_norm if self._pre_norm else None)
         self._layers = [self._layer(parts, index) for index in range(len(parts.layers))]
@@ -124,13 +124,17 @@ class Composed:
         types = None if token_type_ids is None or self._types is None else token_type_ids.numpy()
         host = HostBatch(input_ids.numpy(), types, position_ids.numpy(), cu_seqlens.numpy())
         pooling = Pooling(tuple(map(POOLING_MODES.index, modes)), prompt_length, normalize)
-        if modes and self._graphs is not None:
+        return self.run_host(host, pooling if modes else None)
+
+    def run_host(self, host: HostBatch, pooling: Pooling | None) -> Tensor:
+        """[B, modes * H], without pooling [T, H], on the GPU."""
+        if pooling is not None and self._graphs is not None:
             found = self._graphs.run(self.pooled, host, self._types is not None, pooling)
             if found is not None:
                 return found
         sizes = (self._types is not None, host.tokens, host.sequences)
         batch = batch_of(send(host.block(*sizes), self.device), *sizes, host.longest)
-        return self.pooled(batch, pooling) if modes else self.hidden(batch)
+        return self.hidden(batch) if pooling is None else self.pooled(batch, pooling)
 
     def pooled(self, batch: DeviceBatch, pooling: Pooling) -> Tensor:
         """[B, modes * H]."""
@@ -168,13 +172,12 @@ class Composed:
         y, total, _, _ = _dropout_add_layer_norm_forward(x, residual, *norm, self._eps, *_NO_DROPOUT)
         return y, total
 
-    def _attend(
-        self, layer: Layer, batch: DeviceBatch, angles: Sequence[tuple[Tensor, ...]], x: Tensor
-    ) -> Tensor:
+    def _attend(self, layer: Layer, batch: DeviceBatch, angles: Sequence[tuple[Tensor, ...]], x: Tensor) -> Tensor:
         qkv = self._product(x, layer.qkv_weight, layer.qkv_bias).view(x.shape[0], 3, self._heads, -1)
         if angles:
             cosines, sines = angles[int(layer.window >= 0)]
-            qkv[:, :2] = rotate(qkv[:, :2], cosines, sines)
+            turned = qkv.narrow(1, 0, 2)
+            turned.copy_(rotate(turned, cosines, sines))
         q, k, v = qkv.unbind(1)
         scale, window = q.shape[-1] ** -0.5, (layer.window, layer.window)
         options = (batch.cu_seqlens, batch.longest, self._bias, scale, *window, *_NO_DROPOUT)
@@ -225,6 +228,10 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(tuple(pieces))
 
 
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _table(found: nn.Embedding | None) -> Tensor | None:
     return None if found is None else found.weight.detach()
 
@@ -241,4 +248,4 @@ def _angles(parts: Parts) -> list[tuple[Tensor, Tensor]]:
     half = parts.hidden_size // parts.heads // 2
     positions = torch.arange(parts.length, device=parts.device).unsqueeze(0)
     found = [angles(positions) for angles in parts.rotary]
-    return [tuple(x.squeeze(0).narrow(1, 0, half)[:, None, None].contiguous() for x in pair) for pair in found]
+    return [tuple(_copy(x.squeeze(0).narrow(1, 0, half)[:, None, None]) for x in pair) for pair in found]
