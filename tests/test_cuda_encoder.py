@@ -1,4 +1,4 @@
-"""The packed encoder as it runs on a GPU: its code on CPU tensors, on fake CUDA tensors, and on a GPU where there is one.
+"""The packed encoder as it runs on a GPU: its code on CPU tensors, on fake CUDA tensors, and on a GPU if there is one.
 
 On CPU tensors the results are real; on fake ones a tensor left on the wrong device, or a value that the host would have
 to wait for, is an error.
@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import sentfast
-from sentfast import functional, registry
+from sentfast import functional, registry, switch
 from sentfast.encoder import Composed, device, encoder_of, examine, graphs, lengths, pack_on_device, training
 from sentfast.encoder import composed as composed_module
-from sentfast.integrations import encode, guards
+from sentfast.integrations import encode, guards, loaders
 from sentfast.reference import POOLING_MODES
 
 LENGTHS = [9, 3, 1, 17, 6]
@@ -55,8 +55,13 @@ def test_token_embeddings(model_type: str) -> None:
         made, inputs = encoders.model(model_type, hidden, heads), encoders.batch(LENGTHS)
         if model_type in encoders.WITH_TOKEN_TYPES:
             inputs["token_type_ids"] = torch.randint(0, 2, inputs["input_ids"].shape)
-        encoder, _ = encoders.check(made, inputs)
-        assert isinstance(encoder, Composed) and encoder.precision == "fp32"
+        encoder, used = composed(made), inputs["attention_mask"].bool()
+        with sentfast.disabled():
+            eager, exact = made(**inputs).last_hidden_state[used], encoders.exact(made, inputs)
+        result = encoders.run(encoder, inputs)
+        assert encoder.precision == "fp32" and result.dtype == eager.dtype
+        # Each of the steps has made what came before it of numbers as large as these.
+        assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
 
 
 def half_like(made: Any, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -137,8 +142,8 @@ def steps_ran(code: str = "") -> Any:
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
 def test_padded_batch(model_type: str) -> None:
     made = sentfast.accelerate(encoders.model(model_type))
-    for lengths in (LENGTHS, [7, 7, 7], [1], [12, 1]):
-        inputs = encoders.batch(lengths)
+    for text_lengths in (LENGTHS, [7, 7, 7], [1], [12, 1]):
+        inputs = encoders.batch(text_lengths)
         inputs["input_ids"][0, 0] = encoders.PADDING  # inside a text it moves the positions of RoBERTa
         expected = encoders.stock(made, **inputs)
         sentfast.report(reset=True)
@@ -215,6 +220,26 @@ def test_noted_lengths_are_used_until_the_mask_changes() -> None:
     assert lengths_found() == [2, 2, 2, 2, 2]  # nobody has looked at the mask
     mask[0, 8] = 0
     assert lengths_found() == [8, *LENGTHS[1:]]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_lengths_are_noted_where_a_data_loader_sends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    monkeypatch.setattr(loaders, "_watched", False)
+    original = accelerate.send_to_device
+    made, inputs = sentfast.accelerate(encoders.model("bert")), encoders.batch(LENGTHS)
+    made(**inputs)
+    assert accelerate.send_to_device is not original
+    batch = {"anchor_attention_mask": inputs["attention_mask"], "anchor_attention_mask_2": inputs["input_ids"], "n": 3}
+    sent = accelerate.send_to_device(batch, torch.device("cpu"))
+    found = lengths.recall(sent["anchor_attention_mask"])
+    assert sent.keys() == batch.keys() and found is not None and found.tolist() == LENGTHS
+    sentfast.disable()
+    assert accelerate.send_to_device is original
+    sentfast.enable()
+    assert accelerate.send_to_device is not original
+    switch.remove(next(site for site in switch._added if site.name == "send_to_device"))
+    assert accelerate.send_to_device is original
 
 
 def test_lengths_of_a_mask() -> None:
@@ -614,16 +639,17 @@ PER_LAYER = {"modernbert": 8 + 9 + 1}
 def test_launches_and_devices(model_type: str, dtype: torch.dtype, gpu: Launches) -> None:
     """Eight launches a layer; every tensor on the GPU; nothing that the host waits for."""
     layers = {"n_layers" if model_type == "distilbert" else "num_hidden_layers": 6}
-    counts = []
-    for options in ({}, layers):
+
+    def count(**options: Any) -> tuple[int, int]:
         parts = parts_on_gpu(model_type, dtype, **options)
         encoder = Composed(parts, dtype)
         names = launches_of(gpu, lambda: encoder.run_host(host_batch(LENGTHS), MEAN))
         assert names[-1] == "pool"
-        counts.append((len(names), len(parts.layers)))
-    (few, short), (many, deep) = counts
-    assert (many - few) / (deep - short) <= PER_LAYER.get(model_type, 8), names
-    assert few - short * PER_LAYER.get(model_type, 8) <= 10, names
+        return len(names), len(parts.layers)
+
+    (few, short), (many, deep) = count(), count(**layers)
+    assert (many - few) / (deep - short) <= PER_LAYER.get(model_type, 8)
+    assert few - short * PER_LAYER.get(model_type, 8) <= 10
 
 
 def host_batch(text_lengths: list[int]) -> device.HostBatch:

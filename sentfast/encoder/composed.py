@@ -86,7 +86,7 @@ class Composed:
         self._compute_dtype = compute_dtype
         self._heads, self._activation, self._eps = parts.heads, parts.activation, parts.eps
         self._pre_norm, self._gated = parts.architecture.pre_norm, parts.architecture.gated
-        self._words, self._positions = _table(parts.words), _table(parts.positions)
+        self._words, self._positions = parts.words.weight.detach(), _table(parts.positions)
         self._types = _table(parts.token_types)
         self._embedding_norm = _norm(parts.embedding_norm)
         self._projection = None if parts.projection is None else self._matrix([parts.projection])
@@ -247,5 +247,8 @@ def _angles(parts: Parts) -> list[tuple[Tensor, Tensor]]:
     """Cosines and sines of every position for global and for local layers, [P, 1, 1, d / 2]; by the model's rule."""
     half = parts.hidden_size // parts.heads // 2
     positions = torch.arange(parts.length, device=parts.device).unsqueeze(0)
-    found = [angles(positions) for angles in parts.rotary]
-    return [tuple(_copy(x.squeeze(0).narrow(1, 0, half)[:, None, None]) for x in pair) for pair in found]
+    found = []
+    for angles in parts.rotary:
+        cosines, sines = (_copy(x.squeeze(0).narrow(1, 0, half)[:, None, None]) for x in angles(positions))
+        found.append((cosines, sines))
+    return found

@@ -146,6 +146,7 @@ def pack_on_device(
         ids, types, positions = (None if x is None else x.index_select(0, rows) for x in (ids, types, positions))
     if positions is None:
         positions = places + tables.position_offset if tables.position_offset else places
+    assert ids is not None
     return DeviceBatch(ids, types, positions, cu_seqlens, int(lengths.max()), rows, (batch, length))
 
 

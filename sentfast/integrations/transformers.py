@@ -30,7 +30,7 @@ from sentfast.encoder import (
 from sentfast.encoder.architecture import Architecture, architecture_of
 from sentfast.encoder.device import composed
 from sentfast.encoder.examine import Parts
-from sentfast.integrations import guards
+from sentfast.integrations import guards, loaders
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states")
@@ -120,6 +120,7 @@ def _on_cpu(found: Encoder | Parts, inputs: list[Any]) -> Tensor | str:
 
 
 def _on_device(found: Composed | Parts, inputs: list[Any]) -> Tensor | str:
+    loaders.watch()
     batch = pack_on_device(found.tables, found.device, *inputs)
     if isinstance(batch, str):
         return batch
