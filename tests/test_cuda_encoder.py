@@ -286,13 +286,6 @@ def test_a_training_step_renews_the_packed_weights() -> None:
     torch.testing.assert_close(made(**inputs)[0][used], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_replicas_run_the_original() -> None:
-    with encoders.surroundings():
-        made = encoders.model("bert")
-        made._is_replica = True
-        assert encoder_of(made) == "SF114"
-
-
 # ---- CUDA graphs -------------------------------------------------------------------------------------------------
 
 
