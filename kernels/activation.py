@@ -20,27 +20,31 @@ RELU = tl.constexpr(ACTIVATIONS.index("relu"))
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == GELU:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == GELU_TANH:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
         # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    if ACTIVATION == RELU:
-        return tl.where(x <= 0, 0.0, x)
-    return x * tl.sigmoid(x)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == RELU:
+        y = tl.where(x <= 0, 0.0, x)
+    else:
+        y = x * tl.sigmoid(x)
+    return y
 
 
 @triton.jit
 def _slope(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == GELU:
         density = tl.exp(-0.5 * x * x) * 0.3989422804014327
-        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    if ACTIVATION == GELU_TANH:
+        y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == GELU_TANH:
         s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    if ACTIVATION == RELU:
-        return tl.where(x <= 0, 0.0, 1.0)
-    s = tl.sigmoid(x)
-    return s * (1.0 + x * (1.0 - s))
+        y = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif ACTIVATION == RELU:
+        y = tl.where(x <= 0, 0.0, 1.0)
+    else:
+        s = tl.sigmoid(x)
+        y = s * (1.0 + x * (1.0 - s))
+    return y
 
 
 @triton.jit(do_not_specialize=["rows"])

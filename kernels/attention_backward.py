@@ -20,11 +20,16 @@ from .attention_tiles import LARGEST_HEAD, LOG2E, Plan, load_rows, masked_scores
 from .dropout import SEED_ARGUMENTS, Dropout, kept
 from .triton_utils import loop_bound, on_device
 
-# By the padded head size: (queries and keys, warps, stages). Half numbers up to 64 columns: at most 168 registers, for
-# three blocks of 128 threads per SM.
-_HALF = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 8, 1)}
-_FLOAT32 = {16: (32, 4, 1), 32: (32, 4, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)}
+# By the padded head size: (block of queries or keys, step of the loop over the others, warps, stages); a block is one or
+# two steps. Half numbers up to 64 columns: two blocks of 255 registers at most per SM, and 113 KiB of shared memory.
+_HALF = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)}
+_FLOAT32 = {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
 _MOST_SPLITS = 64
+
+
+@triton.jit
+def _turns(diagonals, turned, TURNS: tl.constexpr, STEP: tl.constexpr):
+    return tl.sum(tl.where(turned // STEP == TURNS, diagonals, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "reach", "left", "right", *SEED_ARGUMENTS])
@@ -66,6 +71,7 @@ def _queries_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """grad_q and delta; and for each block of distances the sum of grad_s over this program's queries."""
     block = tl.program_id(0) % blocks
@@ -92,21 +98,23 @@ def _queries_kernel(
     end_key = length
     if bias is not None:
         bias += head * (2 * reach - 1) + reach - 1
-        # A sequence's blocks start at most one apart from those of its neighbours, so this row is nobody else's.
+        # Before this sequence there are at most first // BLOCK + sequence blocks, so the row is nobody else's.
         place = (first // BLOCK + sequence + block) * heads + head
-        partial += place * (blocks + 1) * BLOCK + tl.arange(0, BLOCK)
-        # Columns of each row turned left by its number are distances: from 0 on, or where it wrapped, less BLOCK.
-        turned = tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+        partial += place * (blocks + 1) * BLOCK + tl.arange(0, STEP)
+        # Where each row of a tile is turned left by its number, a column is one distance, less STEP for each turn.
+        turned = tl.arange(0, BLOCK)[:, None] + tl.arange(0, STEP)[None, :]
+        end_key = tl.cdiv(length, BLOCK) * BLOCK
     else:
         if LEFT:
-            first_key = tl.maximum(begin - left, 0).to(tl.int32) // BLOCK * BLOCK
+            first_key = tl.maximum(begin - left, 0).to(tl.int32) // STEP * STEP
         if RIGHT:
             end_key = tl.minimum(begin + BLOCK + right, length).to(tl.int32)
 
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    ahead = tl.zeros([BLOCK], tl.float32)
-    for start in range(loop_bound(first_key), loop_bound(end_key), BLOCK):
-        key = start + tl.arange(0, BLOCK)
+    next_sum = tl.zeros([STEP], tl.float32)
+    later_sum = tl.zeros([STEP], tl.float32)
+    for start in range(loop_bound(first_key), loop_bound(end_key), STEP):
+        key = start + tl.arange(0, STEP)
         k_tile = load_rows(k, key, length, k_stride, HEAD_DIM, BLOCK_D)
         v_tile = load_rows(v, key, length, v_stride, HEAD_DIM, BLOCK_D)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -115,18 +123,24 @@ def _queries_kernel(
         )
         grad_p = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
         if DROPOUT:
-            keep = kept(first + query, start, head, seed, stream, limit, BLOCK)
+            keep = kept(first + query, start, head, seed, stream, limit, STEP)
             grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
         weight = tl.exp2(score - own_lse[:, None])
         grad_s = tl.where(seen, weight * (grad_p - own_delta[:, None]), 0.0)
         result = tl.dot(grad_s.to(k_tile.dtype), k_tile, result, input_precision=PRECISION)
         if bias is not None:
-            diagonals = tl.gather(grad_s, turned % BLOCK, 1)
-            behind = tl.sum(tl.where(turned >= BLOCK, diagonals, 0.0), 0)
-            tl.store(partial + start, ahead + behind)
-            ahead = tl.sum(tl.where(turned < BLOCK, diagonals, 0.0), 0)
+            diagonals = tl.gather(grad_s, turned % STEP, 1)
+            tl.store(partial + start, next_sum + _turns(diagonals, turned, BLOCK // STEP, STEP))
+            next_sum = later_sum
+            if BLOCK > STEP:
+                next_sum += _turns(diagonals, turned, 1, STEP)
+                later_sum = _turns(diagonals, turned, 0, STEP)
+            else:
+                next_sum += _turns(diagonals, turned, 0, STEP)
     if bias is not None:
-        tl.store(partial + tl.cdiv(length, BLOCK) * BLOCK, ahead)
+        tl.store(partial + end_key, next_sum)
+        if BLOCK > STEP:
+            tl.store(partial + end_key + STEP, later_sum)
     target = grad_qkv + (first * 3 * heads + head) * HEAD_DIM
     store_rows(target, query, length, 3 * heads * HEAD_DIM, result * softmax_scale, HEAD_DIM, BLOCK_D)
 
@@ -168,6 +182,7 @@ def _keys_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """grad_k and grad_v. Tiles have a row per key, so that the weights need not be turned before the products."""
     begin = tl.program_id(0) % blocks * BLOCK
@@ -188,14 +203,14 @@ def _keys_kernel(
     first_query = 0
     end_query = length
     if RIGHT:
-        first_query = tl.maximum(begin - right, 0).to(tl.int32) // BLOCK * BLOCK
+        first_query = tl.maximum(begin - right, 0).to(tl.int32) // STEP * STEP
     if LEFT:
         end_query = tl.minimum(begin + BLOCK + left, length).to(tl.int32)
 
     grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for start in range(loop_bound(first_query), loop_bound(end_query), BLOCK):
-        query = start + tl.arange(0, BLOCK)
+    for start in range(loop_bound(first_query), loop_bound(end_query), STEP):
+        query = start + tl.arange(0, STEP)
         q_tile = load_rows(q, query, length, q_stride, HEAD_DIM, BLOCK_D)
         g_tile = load_rows(grad, query, length, grad_stride, HEAD_DIM, BLOCK_D)
         own_lse = tl.load(lse + query, mask=query < length, other=0.0) * LOG2E
@@ -245,8 +260,8 @@ def _bias_kernel(partial, sums, cu_seqlens, tokens, heads, blocks, sequences, re
 
 
 def _tiles(call: Plan) -> dict[str, int]:
-    block, warps, stages = (_FLOAT32 if call.float32 else _HALF)[call.block_d]
-    return {"BLOCK": block, "num_warps": warps, "num_stages": stages}
+    block, step, warps, stages = (_FLOAT32 if call.float32 else _HALF)[call.block_d]
+    return {"BLOCK": block, "STEP": step, "num_warps": warps, "num_stages": stages}
 
 
 def _grad_bias(partial: Tensor, cu_seqlens: Tensor, tokens: int, blocks: int, bias: Tensor, block: int) -> Tensor:

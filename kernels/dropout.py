@@ -49,16 +49,19 @@ def kept(row, column, head, seed, stream, limit, WIDTH: tl.constexpr):
     keep_1 = word_1 > limit
     keep_2 = word_2 > limit
     keep_3 = word_3 > limit
+    late = column % 64 >= 32
     if WIDTH >= 64:
         words = tl.join(tl.join(keep_0, keep_2), tl.join(keep_1, keep_3))
         words = tl.reshape(words, [row.shape[0], WIDTH // 64, 16, 4])
-        return tl.reshape(tl.permute(words, [0, 1, 3, 2]), [row.shape[0], WIDTH])
-    late = column % 64 >= 32
-    even = tl.where(late, keep_2, keep_0)
-    odd = tl.where(late, keep_3, keep_1)
-    if WIDTH == 32:
-        return tl.reshape(tl.permute(tl.join(even, odd), [0, 2, 1]), [row.shape[0], WIDTH])
-    return tl.where(column % 32 >= 16, odd, even)
+        result = tl.reshape(tl.permute(words, [0, 1, 3, 2]), [row.shape[0], WIDTH])
+    elif WIDTH == 32:
+        words = tl.join(tl.where(late, keep_2, keep_0), tl.where(late, keep_3, keep_1))
+        result = tl.reshape(tl.permute(words, [0, 2, 1]), [row.shape[0], WIDTH])
+    else:
+        even = tl.where(late, keep_2, keep_0)
+        odd = tl.where(late, keep_3, keep_1)
+        result = tl.where(column % 32 >= 16, odd, even)
+    return result
 
 
 @triton.jit(do_not_specialize=["rows", *SEED_ARGUMENTS])
