@@ -13,10 +13,13 @@ from .dropout import SEED_ARGUMENTS, Dropout, kept
 from .triton_utils import batch_offset, loop_bound, merge_batch, on_device, parts_of_rows
 
 
-def _whole_rows(columns: int) -> dict[str, int]:
-    """Whole rows stay in registers, 16 numbers a thread: at most 128 registers, so 4 blocks of 128 threads per SM."""
+def _whole_rows(columns: int, tile: int) -> dict[str, int]:
+    """Whole rows stay in registers, `tile` numbers of them where they are short.
+
+    16 numbers a thread forward and 8 backward, where more is kept, need at most 128 registers: 4 blocks per SM or more.
+    """
     block = max(triton.next_power_of_2(columns), 64)
-    return {"ROWS": max(2048 // block, 1), "BLOCK_D": block, "num_warps": min(max(block // 512, 4), 32)}
+    return {"ROWS": max(tile // block, 1), "BLOCK_D": block, "num_warps": min(max(block // 512, 4), 32)}
 
 
 @triton.jit(do_not_specialize=["rows", *SEED_ARGUMENTS])
@@ -97,7 +100,7 @@ def dropout_add_layer_norm_forward(
         tensors, inner, strides = merge_batch([x] if residual is None else [x, residual], x.ndim - 1)
         # Without a residual its strides are not used.
         x, added = tensors[0], tensors[-1]
-        block = _whole_rows(columns)
+        block = _whole_rows(columns, 2048)
         how = Dropout.of(dropout_p, seed, stream)
         with on_device(x):
             _norm_kernel[(triton.cdiv(mean.numel(), block["ROWS"]),)](
@@ -206,7 +209,7 @@ def dropout_add_layer_norm_backward(
         grad_weight, grad_bias = mean.new_zeros(2, columns)
         return grad_sum, grad_x, grad_weight, grad_bias
     (grad,), inner, (stride,) = merge_batch([grad], grad.ndim - 1)
-    block = _whole_rows(columns)
+    block = _whole_rows(columns, 1024)
     parts = parts_of_rows(grad, triton.cdiv(mean.numel(), block["ROWS"]))
     partial = mean.new_empty(parts, 2, columns)
     with on_device(grad):
