@@ -21,7 +21,7 @@ from .dropout import SEED_ARGUMENTS, Dropout, kept
 from .triton_utils import loop_bound, on_device
 
 # By the padded head size: (block of queries or keys, step of the loop over the others, warps, stages); a block is one
-# or two steps. Half numbers, up to 64 columns: at most 255 registers and 76 KiB, so two blocks per SM, three without bias.
+# or two steps. Half numbers, up to 64 columns: two blocks per SM (255 registers, 76 KiB), three without bias.
 _HALF = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)}
 # Three products keep both parts of each operand in registers.
 _FLOAT32 = {16: (32, 16, 8, 1), 32: (32, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
