@@ -7,6 +7,7 @@ to wait for, is an error.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from sentfast import functional, registry, switch
 from sentfast.encoder import Composed, device, encoder_of, examine, graphs, lengths, pack_on_device, training
 from sentfast.encoder import composed as composed_module
 from sentfast.integrations import encode, guards, loaders
+from sentfast.ops import linear
 from sentfast.reference import POOLING_MODES
 
 LENGTHS = [9, 3, 1, 17, 6]
@@ -703,3 +705,72 @@ def test_training_on_the_gpu(
     names = launches_of(gpu, run)
     assert run().dtype == dtype
     assert names.count("varlen_attention") == len(parts.layers)
+
+
+# ---- Triton's kernels --------------------------------------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
+FEW = [5, 1, 3]
+
+
+@contextmanager
+def on_triton(*operators: str) -> Iterator[None]:
+    """The block runs these operators on Triton and nothing on another backend."""
+    sentfast.report(reset=True)
+    with registry.use_backend("triton"):
+        yield
+    ran = sentfast.report().calls
+    found = {name for name, backend in ran if backend == "triton"}
+    assert {backend for _, backend in ran} <= {"triton"} and set(operators) <= found, ran
+
+
+@interpreted
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert"])
+def test_triton_interpreted(model_type: str) -> None:
+    made, inputs = encoders.model(model_type, num_hidden_layers=2), encoders.batch(FEW)
+    encoder = composed(made)
+    with sentfast.disabled():
+        eager, exact = made(**inputs).last_hidden_state[inputs["attention_mask"].bool()], encoders.exact(made, inputs)
+    with on_triton("varlen_attention", "dropout_add_layer_norm", "bias_activation"):
+        result = encoders.run(encoder, inputs)
+    assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
+    ends = torch.tensor([0, *FEW]).cumsum(0).int()
+    expected = functional.pool(result, cu_seqlens=ends, normalize=True)
+    with on_triton("pool"):
+        pooled = encoders.run(encoder, inputs, modes=("mean",), normalize=True)
+    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_cpu")
+def test_triton_interpreted_with_room_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a bucket: tokens that belong to no sequence and sequences without tokens, as the block of a graph has them."""
+    monkeypatch.setattr(composed_module, "captures", lambda device: True)
+    monkeypatch.setattr(composed_module, "CudaCapture", lambda device: found)
+    found = Repeating()
+    encoder = composed(encoders.model("mpnet"))
+    for text_lengths in ([5], [3, 9], [4], [16]):
+        text = packed_texts(text_lengths)
+        with on_triton("varlen_attention", "pool"):
+            result = encoder.run(*text, modes=("mean",))
+        torch.testing.assert_close(result, without_graphs(encoder, *text, modes=("mean",)), rtol=1e-4, atol=1e-4)
+    assert found.replayed == 3
+
+
+@interpreted
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_triton_interpreted_gradients(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU, where PyTorch makes the products.
+    monkeypatch.setattr(linear, "_fits", lambda *args: False)
+    weights = torch.randn(sum(FEW), 32)
+    with torch.enable_grad():
+        made, inputs = test_training.trained(model_type), encoders.batch(FEW)
+        with on_triton("varlen_attention_backward", "dropout_add_layer_norm_backward", "bias_activation_backward"):
+            result, got = test_training.gradients(made, inputs, weights)
+        with sentfast.disabled():
+            eager, plain = test_training.gradients(made, inputs, weights)
+            exact, true = test_training.exact_gradients(made, inputs, weights)
+    assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
+    test_training.assert_gradients(got, plain, true)
