@@ -88,6 +88,7 @@ class Parts:
         bias: the module with the relative position bias.
         rotary: from position ids to cosines and sines, for global and for local layers.
         length: rows of the position table.
+        dtype, device: of every parameter.
     """
 
     architecture: Architecture
@@ -109,14 +110,8 @@ class Parts:
     padding_idx: int | None
     position_offset: int
     length: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.words.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.words.weight.dtype
+    dtype: torch.dtype
+    device: torch.device
 
     @property
     def tables(self) -> Tables:
@@ -299,6 +294,8 @@ def _take_apart(model: nn.Module, architecture: Architecture) -> Parts:
         padding_idx=padding_idx,
         position_offset=0 if padding_idx is None else padding_idx + 1,
         length=config.max_position_embeddings if positions is None else positions.weight.shape[0],
+        dtype=words.weight.dtype,
+        device=words.weight.device,
     )
 
 

@@ -6,7 +6,6 @@ run without padding; each batch goes to its rows of the one output.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from sentfast import functional
+from sentfast.encoder import Composed
 from sentfast.encoder import device as devices
 from sentfast.integrations import pipeline, tokenize
 from sentfast.integrations.ahead import ahead
-from sentfast.integrations.output import Output, output_of
+from sentfast.integrations.output import output_of
 from sentfast.integrations.pipeline import Pipeline
 from sentfast.integrations.versions import Version
 
@@ -44,11 +44,16 @@ class _UnfitError(Exception):
 
 
 class Plan(NamedTuple):
-    """How a call is cut into batches: most rows and tokens of one, and texts tokenised at a time."""
+    """How a call is cut into batches: most rows and tokens of one, and texts tokenised at a time.
+
+    fetched: the results come from the GPU to the CPU.
+    """
 
     rows: int
     tokens: int
     window: int
+    device: torch.device
+    fetched: bool = False
 
 
 class Batch(NamedTuple):
@@ -129,15 +134,13 @@ def inference(
             return torch.tensor([], device=found.encoder.device)
         steps = _steps(found, prompt, normalize_embeddings, truncate_dim)
         tokenizer = tokenize.Tokenizer(found.transformer.processor, _max_length(found.transformer, kwargs), prompt)
-        on_device = devices.composed(found.encoder.device)
-        plan = Plan(
-            _most_rows(model, batch_size),
-            TOKENS_ON_DEVICE if on_device else TOKENS,
-            _WINDOW_ON_DEVICE if on_device else _WINDOW,
-        )
-        output = functools.partial(output_of, found.encoder.device, save_to_cpu)
+        device, rows = found.encoder.device, _most_rows(model, batch_size)
+        if isinstance(found.encoder, Composed):
+            plan = Plan(rows, TOKENS_ON_DEVICE, _WINDOW_ON_DEVICE, device, save_to_cpu)
+        else:
+            plan = Plan(rows, TOKENS, _WINDOW, device)
         try:
-            return _run(tokenizer, inputs, plan, steps, output, batch_size if show_progress_bar else 0)
+            return _run(tokenizer, inputs, plan, steps, batch_size if show_progress_bar else 0)
         except _UnfitError as unfit:
             return unfit.args[0]
 
@@ -153,8 +156,9 @@ def _why_not_call(model: Any, inputs: list, output_value: str | None, device: An
             return "SF103"
         if wanted.type != "cpu" or model.device.type != "cpu":
             model._resolve_inference_device(device)
-    for kind in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(kind) and model.device.type == kind:
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        kind = model.device.type
+        if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
             return "SF116"
     return tokenize.why_not_texts(inputs)
 
@@ -203,31 +207,32 @@ def _run(
     texts: list,
     plan: Plan,
     steps: Callable[[Batch], Tensor],
-    output: Callable[[int], Output],
     progress_step: int,
 ) -> Tensor:
     """progress_step: texts per step of the progress bar, 0 for none."""
     if len(texts) <= min(_AT_ONCE, plan.rows) and not progress_step:
         tokens = tokenizer(texts)
         if len(texts) == 1 or tokens.lengths.sum() <= plan.tokens:
-            return output(len(texts)).whole(steps(_whole(tokens)))
+            x = steps(_whole(tokens))
+            return x.cpu() if plan.fetched else x
         windows: Iterator[tuple[int, tokenize.Tokens]] = iter([(0, tokens)])
-        return _fill(output(len(texts)), windows, plan, steps, _no_progress)
+        return _fill(len(texts), windows, plan, steps, _no_progress)
     windows = tokenizer.windows(texts, itertools.chain([_FIRST_WINDOW], itertools.repeat(plan.window)))
     with _progress(len(texts), progress_step) as advance:
         if len(texts) <= _AT_ONCE:
-            return _fill(output(len(texts)), windows, plan, steps, advance)
+            return _fill(len(texts), windows, plan, steps, advance)
         with closing(ahead(windows)) as windows:
-            return _fill(output(len(texts)), windows, plan, steps, advance)
+            return _fill(len(texts), windows, plan, steps, advance)
 
 
 def _fill(
-    output: Output,
+    count: int,
     windows: Iterator[tuple[int, tokenize.Tokens]],
     plan: Plan,
     steps: Callable[[Batch], Tensor],
     advance: Callable[[int], None],
 ) -> Tensor:
+    output = output_of(plan.device, plan.fetched, count)
     for start, tokens in windows:
         output.open(start, len(tokens.lengths))
         for batch in _batches(tokens, plan):

@@ -22,10 +22,6 @@ class Output:
         self._count, self._start = count, 0
         self._out: Tensor | None = None
 
-    def whole(self, x: Tensor) -> Tensor:
-        """The result if `x` is all of it, in order."""
-        return x
-
     def open(self, start: int, count: int) -> None:
         """What is put from now on belongs to the `count` texts from number `start` on."""
         self._start = start
@@ -67,9 +63,6 @@ class Fetched(Output):
         self._size = 0
         self._part: Tensor | None = None
         self._under_way: _Window | None = None
-
-    def whole(self, x: Tensor) -> Tensor:
-        return x.cpu()
 
     def open(self, start: int, count: int) -> None:
         self._fetch()
