@@ -110,8 +110,8 @@ def test_a_bad_sequence_spoils_no_other(backend: Backend, value: float) -> None:
 @every_backend
 def test_max_seqlen_does_not_change_the_result(backend: Backend) -> None:
     """Which it could where it chooses the size of blocks: an embedding's bits would depend on its neighbours."""
-    qkv = torch.randn(66, 3, 2, 32, device=backend.device)
-    grad = torch.randn(66, 2, 32, device=backend.device)
+    qkv = torch.randn(66, 3, 2, 32, device=backend.device).half()
+    grad = torch.randn(66, 2, 32, device=backend.device).half()
     results = [
         attend(backend.name, [qkv], grad, cu_seqlens=lengths_of(66).to(qkv.device), max_seqlen=longest)
         for longest in (66, 128, 300)
@@ -119,7 +119,7 @@ def test_max_seqlen_does_not_change_the_result(backend: Backend) -> None:
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             # NumPy's product in the interpreter takes another order of sums for another number of rows.
-            tolerance = 1e-5 if backend.interpreted else 0.0
+            tolerance = 2e-3 if backend.interpreted else 0.0
             torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
