@@ -290,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     described = machine.describe(device, options.threads)
     backends = {options.backend} if options.backend else gate.EXPECTED[device.type]
     chosen, studied = select(options.only, options.quick)
+    chosen = [w for w in chosen if not w.gpu or options.quick or device.type == "cuda"]
     if os.getloadavg()[0] > BUSY:
         print(f"load average {os.getloadavg()[0]:.1f}: other work on this machine spoils the figures", file=sys.stderr)
     if not options.quick:

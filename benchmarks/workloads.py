@@ -7,6 +7,7 @@ from typing import Any
 
 import model_level
 import torch
+from gpu_workloads import GPU_WORKLOADS
 from stock import compiled_pool, stock_pool
 from timing import Variant
 from torch import Tensor
@@ -383,4 +384,4 @@ _MODEL = [
     ),
 ]
 
-WORKLOADS: tuple[Workload, ...] = (*_pooling_rows(), *_SIMILARITY, *_overhead_rows(), *_MODEL)
+WORKLOADS: tuple[Workload, ...] = (*_pooling_rows(), *_SIMILARITY, *_overhead_rows(), *_MODEL, *GPU_WORKLOADS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sentfast.registry import implements
 
 from .similarity_rows import at_least  # also enters the operators of that file into the table
-from .triton_utils import INTERPRETED, batch_offset, loop_bound, merge_batch, on_device
+from .triton_utils import INTERPRETED, batch_offset, loop_bound, merge_batch, on_device, tf32_allowed
 
 # The tile of the matrix kernel by what the tensor cores multiply: half numbers, float32 rounded to tf32, or float32 in
 # full, which has no tensor core.
@@ -101,12 +101,6 @@ def _matrix_kernel(
     tl.store(target, total, mask=(row_a < rows_a)[:, None] & (row_b < rows_b)[None, :])
 
 
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    setting = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if setting is None else setting == "tf32"
-
-
 def _matrix_mode(a: Tensor, b: Tensor) -> tuple[str, bool]:
     """The row of _MATRIX_CONFIGS, and whether the operands are widened to float32 before they are multiplied."""
     if a.dtype != b.dtype:
@@ -114,7 +108,7 @@ def _matrix_mode(a: Tensor, b: Tensor) -> tuple[str, bool]:
         return "tf32x3", True
     if a.dtype != torch.float32:
         return "half", False
-    return "tf32" if _tf32_allowed() else "ieee", False
+    return "tf32" if tf32_allowed() else "ieee", False
 
 
 def _matrix(a: Tensor, b: Tensor, cosine: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,8 @@ from torch import Tensor
 BATCH_DIMS = 3
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TILE = 2048
+_BLOCKS_PER_SM = 4
+_MULTIPROCESSORS = 132  # where there is no GPU to ask
 
 
 if INTERPRETED:
@@ -72,6 +75,33 @@ def row_tile(columns: int) -> dict[str, int]:
     """Rows and columns that one program of a row-wise kernel holds at a time."""
     block = min(max(triton.next_power_of_2(columns), 16), 1024)
     return {"ROWS": _TILE // block, "BLOCK_D": block, "num_warps": 4}
+
+
+def elementwise_tile(columns: int) -> dict[str, int]:
+    """Rows and columns that one program of an elementwise kernel holds, at most 512 columns: few of them are past 384,
+    768, 1536 or 3072."""
+    block = min(max(triton.next_power_of_2(columns), 64), 512)
+    return {"ROWS": _TILE // block, "BLOCK_D": block, "num_warps": 4}
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def parts_of_rows(x: Tensor, blocks: int, across: int = 1) -> int:
+    """How many programs share `blocks` blocks of rows where each keeps sums of its own: as many as run at a time.
+
+    across: programs side by side.
+    """
+    multiprocessors = _multiprocessors(x.device) if x.is_cuda else _MULTIPROCESSORS
+    return min(blocks, max(1, multiprocessors * _BLOCKS_PER_SM // across))
+
+
+def tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if setting is None else setting == "tf32"
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

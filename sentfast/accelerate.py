@@ -52,7 +52,8 @@ def accelerate(model: Model, precision: str = "match") -> Model:
         raise UnsupportedModelError(f"model: {type(model).__name__} cannot be accelerated: {'; '.join(reasons)}")
     for reason in reasons:
         logger.warning("not accelerated: %s", reason)
-    if precision == "bf16" and not encoder.has_bf16():
+    on_cpu = any(parameter.is_cpu for base in covered for parameter in base.parameters())
+    if precision == "bf16" and on_cpu and not encoder.has_bf16():
         logger.warning("precision 'bf16': the CPU kernels in use have no bfloat16 products; computing as 'match'")
     for base in covered:
         if choice.chosen(base) not in (None, precision):

@@ -26,7 +26,7 @@ class Row:
         operator: what runs, "" for the original code.
         backend: where it runs, "" for the original code.
         reason: reason code of the original code, "" if the operator runs.
-        precision: of the encoder's products, "fp32" or "bf16"; "" for the others.
+        precision: of the encoder's products, "fp32", "bf16" or "fp16"; "" for the others.
         detail: what was found that the reason code stands for, where more can be said.
     """
 
@@ -144,13 +144,16 @@ def _encoder_row(name: str, module: Any) -> Row:
 def _encoder(name: str, kind: str, base: Any, precision: str) -> Row:
     from sentfast import registry
     from sentfast.encoder import encoder
+    from sentfast.encoder.device import composed
 
     words = base.get_input_embeddings().weight
-    backend = registry.ops["encoder"].choose(words)[0]
-    if encoder.products(base, precision) == "bf16":
-        return Row(name, kind, "encoder", backend, "", "bf16")
-    detail = "bf16 asked for, which these CPU kernels do not have" if precision == "bf16" else ""
-    return Row(name, kind, "encoder", backend, "", "fp32", detail)
+    # On a GPU the encoder is made of several operators; attention stands for them.
+    operator = "varlen_attention" if composed(words.device) else "encoder"
+    backend = registry.ops[operator].choose(words)[0]
+    products = encoder.products(base, precision)
+    missing = precision == "bf16" and products == "fp32"
+    detail = "bf16 asked for, which these CPU kernels do not have" if missing else ""
+    return Row(name, kind, "encoder", backend, "", products, detail)
 
 
 def _module_row(version: Version | None, name: str, module: Any, probe: Any) -> Row:

@@ -129,6 +129,11 @@ def load_triton() -> None:
         importlib.import_module("sentfast.kernels.pooling")
         importlib.import_module("sentfast.kernels.similarity")
         importlib.import_module("sentfast.kernels.losses")
+        importlib.import_module("sentfast.kernels.dropout")
+        importlib.import_module("sentfast.kernels.layers")
+        importlib.import_module("sentfast.kernels.activation")
+        importlib.import_module("sentfast.kernels.attention")
+        importlib.import_module("sentfast.kernels.attention_backward")
 
 
 def cpu_isa(name: str | None = None) -> str:

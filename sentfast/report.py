@@ -29,7 +29,7 @@ REASONS = {
     "SF110": "method overridden by a subclass or replaced by other code",
     "SF111": "version of sentence-transformers outside the tested range",
     "SF112": "no compiled kernels for this device",
-    "SF114": "sharded parameters (FSDP, DTensor)",
+    "SF114": "sharded parameters (FSDP, DTensor) or a replica of nn.DataParallel",
     "SF115": "inside torch.jit tracing, a torch.func transform or forward-mode differentiation",
     "SF116": "autocast, which decides the dtype",
     "SF117": "nothing to gain",

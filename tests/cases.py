@@ -256,11 +256,11 @@ ACTIVATION = ("bias_activation", "bias_activation_backward")
 PAIRWISE = ("pairwise_similarity", "pairwise_similarity_backward")
 CASES = [
     Case("pool", F.pool, pool_calls, ("pool", "pool_backward")),
-    Case("varlen_attention", attention, attention_calls, ATTENTION, gpu_backends=()),
-    Case("varlen_attention_qkvpacked", packed_attention, packed_attention_calls, ATTENTION, gpu_backends=()),
-    Case("dropout_add_layer_norm", norm, norm_calls, NORM, gpu_backends=()),
-    Case("bias_activation", F.bias_activation, activation_calls, ACTIVATION, cancels=True, gpu_backends=()),
-    Case("dropout", F.dropout, dropout_calls, ("dropout",), gpu_backends=()),
+    Case("varlen_attention", attention, attention_calls, ATTENTION, gpu_backends=("triton",)),
+    Case("varlen_attention_qkvpacked", packed_attention, packed_attention_calls, ATTENTION, gpu_backends=("triton",)),
+    Case("dropout_add_layer_norm", norm, norm_calls, NORM, gpu_backends=("triton",)),
+    Case("bias_activation", F.bias_activation, activation_calls, ACTIVATION, cancels=True, gpu_backends=("triton",)),
+    Case("dropout", F.dropout, dropout_calls, ("dropout",), gpu_backends=("triton",)),
     Case("l2_normalize", F.l2_normalize, normalize_calls, ("l2_normalize", "l2_normalize_backward")),
     Case("dot_similarity", F.dot_similarity, matrix_calls, ("dot_similarity",)),
     Case("cosine_similarity", F.cosine_similarity, matrix_calls, ("cosine_similarity", "dot_similarity")),

@@ -155,6 +155,14 @@ def no_layers(model):
     model.encoder.layer = nn.ModuleList()
 
 
+def two_devices(model):
+    first_layer(model).output.dense.to("meta")
+
+
+def replica(model):
+    model._is_replica = True  # as nn.DataParallel marks what it makes for each GPU
+
+
 def compiled(model):
     model.compile()
 
@@ -183,6 +191,8 @@ CHANGES = {
     unknown_part: "SF125",
     quick_gelu: "SF125",
     no_layers: "SF125",
+    two_devices: "SF103",
+    replica: "SF114",
     compiled: "SF127",
     lambda model: model.double(): "SF102",
     lambda model: model.to("meta"): "SF103",

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from sentfast.reference import ACTIVATIONS
+
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "triton_resources.json"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block can have
 TARGETS = [(torch.bfloat16, cc) for cc in SHARED_LIMIT] + [(torch.float32, 90), (torch.float16, 90)]
@@ -74,6 +76,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
         yield "float32 gradient", "dot_similarity", (torch.empty(1024, 1024), many.mT)
 
     yield from loss_calls(many)
+    yield from layer_calls(dtype)
+    yield from attention_calls(dtype)
 
 
 def loss_calls(many: torch.Tensor) -> Iterator[tuple[str, str, tuple]]:
@@ -94,6 +98,38 @@ def loss_calls(many: torch.Tensor) -> Iterator[tuple[str, str, tuple]]:
     yield "dot", "contrastive_loss_forward", (*arguments([0], 0, none, cosine=False), None)
     yield "", "contrastive_loss", arguments([0], 0, none)
     yield "", "contrastive_loss_forward", (*arguments([0], 0, none), None)
+
+
+SEED = 2**40 + 1
+
+
+def layer_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
+    """Of MiniLM (384, 1536) and of MPNet and BERT (768, 3072)."""
+    statistic = torch.empty(4096)
+    for columns, p in ((384, 0.0), (768, 0.1)):
+        x, weight = torch.empty(4096, columns, dtype=dtype), torch.empty(columns)
+        label, rest = f"{columns}, dropout {p}", (p, SEED, 3)
+        yield label, "dropout_add_layer_norm_forward", (x, x, weight, weight, EPS, *rest)
+        yield label, "dropout_add_layer_norm_backward", (x, x, statistic, statistic, weight, x[:0], *rest)
+    yield "768", "dropout", (x, *rest)
+    for columns, name in ((1536, "gelu"), (3072, "gelu_tanh"), (3072, "relu"), (3072, "silu")):
+        x, bias = torch.empty(4096, columns, dtype=dtype), torch.empty(columns)
+        number = ACTIVATIONS.index(name)
+        yield f"{columns}, {name}", "bias_activation", (x, bias, number)
+        yield f"{columns}, {name}", "bias_activation_backward", (x, x, bias, number)
+
+
+def attention_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
+    """Of MiniLM (12 heads of 32) and of BERT and MPNet (12 heads of 64, the latter with a bias)."""
+    lse, cu_seqlens = torch.empty(12, 4096), torch.empty(BATCH + 1, dtype=torch.int32)
+    for head_dim, longest, with_bias, p in ((32, 128, False, 0.0), (64, 512, True, 0.0), (64, 512, True, 0.1)):
+        bias = torch.empty(12, 2 * longest - 1) if with_bias else None
+        qkv = torch.empty(4096, 3, 12, head_dim, dtype=dtype)
+        parts, out = qkv.unbind(1), torch.empty(4096, 12, head_dim, dtype=dtype)
+        rest = cu_seqlens, longest, bias, head_dim**-0.5, -1, -1, p, SEED, 3
+        label = f"head size {head_dim}{', bias' if with_bias else ''}{', dropout' if p else ''}"
+        yield label, "varlen_attention_forward", (*parts, *rest)
+        yield label, "varlen_attention_backward", (out, *parts, out, lse, *rest)
 
 
 class Recorder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import nn
 
 PRECISIONS = ("match", "bf16")
@@ -16,6 +17,11 @@ _off: WeakSet[nn.Module] = WeakSet()
 def check_precision(precision: Any) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+
+
+def precision_name(compute_dtype: torch.dtype) -> str:
+    """What the products are computed in, as users are told it."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(compute_dtype, "fp32")
 
 
 def choose(model: nn.Module, precision: str) -> None:

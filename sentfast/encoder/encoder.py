@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sentfast import native
-from sentfast.encoder import choice
+from sentfast.encoder import arguments, choice
 from sentfast.encoder.architecture import architecture_of
+from sentfast.encoder.composed import Composed
+from sentfast.encoder.device import composed
 from sentfast.encoder.examine import ATTENTION_IMPLEMENTATIONS, Parts, Refusal, examine
 from sentfast.encoder.structure import State, Structure, global_hooks, has_hooks
 from sentfast.encoder.weights import pack
@@ -33,14 +34,15 @@ class Encoder:
         tables: sizes of the embedding tables.
         precision: "fp32" or "bf16": in what the products are computed.
         dtype: that of the result.
+        device: where the model is, and the result.
     """
 
     def __init__(self, parts: Parts, compute_dtype: torch.dtype):
         self.architecture = parts.architecture.model_type
         self.hidden_size = parts.hidden_size
         self.tables = parts.tables
-        self.precision = "bf16" if compute_dtype == torch.bfloat16 else "fp32"
-        self.dtype = parts.words.weight.dtype
+        self.precision = choice.precision_name(compute_dtype)
+        self.dtype, self.device = parts.dtype, parts.device
         self._words = parts.words.weight.detach().contiguous()
         self._weights = pack(parts, compute_dtype)
         windows = list(parts.windows) if any(window >= 0 for window in parts.windows) else []
@@ -85,7 +87,7 @@ class Encoder:
             ValueError: an argument has another dtype, shape or device, or a sequence is too long.
         """
         if not checked:
-            self._check(input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
+            arguments.check(self.tables, input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
         if position_ids is None and self.tables.has_padding(input_ids):
             position_ids = self.tables.count_positions(input_ids, cu_seqlens)
         heads, activation, windows, pre_norm, gated = self._form
@@ -109,54 +111,6 @@ class Encoder:
             padded_length,
         )
 
-    def _check(
-        self,
-        input_ids: Tensor,
-        cu_seqlens: Tensor,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        modes: Sequence[str],
-        padded_length: int,
-    ) -> None:
-        _int32("input_ids", input_ids)
-        _int32("cu_seqlens", cu_seqlens)
-        ends, total = cu_seqlens.numpy(), input_ids.shape[0]
-        if len(ends) == 0 or ends[0] != 0 or ends[-1] != total or (ends[1:] < ends[:-1]).any():
-            raise ValueError(f"cu_seqlens: expected numbers that rise from 0 to {total}, got {ends.tolist()}")
-        longest = int(np.diff(ends).max(initial=0))
-        if longest > self.max_length:
-            raise ValueError(f"cu_seqlens: expected sequences of at most {self.max_length} tokens, got {longest}")
-        if padded_length and padded_length < longest:
-            raise ValueError(f"padded_length: expected at least {longest}, the longest sequence, got {padded_length}")
-        unknown = [mode for mode in modes if mode not in POOLING_MODES]
-        if unknown:
-            raise ValueError(f"modes: expected names of {POOLING_MODES}, got {unknown[0]!r}")
-        tables = self.tables
-        _in_table("input_ids", input_ids, tables.vocabulary_size)
-        limits = {
-            "token_type_ids": (token_type_ids, tables.token_types),
-            "position_ids": (position_ids, tables.positions),
-        }
-        for name, (ids, rows) in limits.items():
-            if ids is not None:
-                _int32(name, ids)
-                if ids.shape[0] != total:
-                    raise ValueError(f"{name}: expected {total} numbers as in input_ids, got {ids.shape[0]}")
-                if rows:
-                    _in_table(name, ids, rows)
-
-
-def _int32(name: str, x: Tensor) -> None:
-    if x.dtype != torch.int32 or x.ndim != 1 or not x.is_cpu or not x.is_contiguous():
-        got = f"{x.dtype} of shape {list(x.shape)} on {x.device}"
-        raise ValueError(f"{name}: expected contiguous int32 of one dimension on the CPU, got {got}")
-
-
-def _in_table(name: str, ids: Tensor, rows: int) -> None:
-    values = ids.numpy()
-    if len(values) and (values.min() < 0 or values.max() >= rows):
-        raise IndexError(f"{name}: expected numbers from 0 to {rows - 1}, got {values.min()} to {values.max()}")
-
 
 class _Entry:
     """What is known of one model."""
@@ -165,7 +119,7 @@ class _Entry:
         self.structure = Structure(model)
         self.found = examine(model)
         self.state = State(self.structure.parameters) if isinstance(self.found, Parts) else None
-        self.encoders: dict[torch.dtype, Encoder] = {}
+        self.encoders: dict[torch.dtype, Encoder | Composed] = {}
 
     def current(self) -> bool:
         """Nothing but the values of a covered model's parameters can have changed."""
@@ -223,7 +177,7 @@ def _renewed(model: nn.Module) -> _Entry:
         return entry
 
 
-def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = False) -> Encoder | str:
+def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = False) -> Encoder | Composed | str:
     """The encoder that computes what ``model(...)`` would compute now, or the reason code why there is none.
 
     Args:
@@ -238,7 +192,7 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
 
 def encoder_or_parts(
     model: nn.Module, precision: str = "match", *, inside: bool = False, trains: bool = True
-) -> Encoder | Parts | str:
+) -> Encoder | Composed | Parts | str:
     """As :func:`encoder_of`, but the model's parts where a gradient is needed or dropout active, if it `trains`."""
     choice.check_precision(precision)
     entry = _covered(model, inside)
@@ -251,11 +205,17 @@ def encoder_or_parts(
         entry = _renewed(model)
     if isinstance(entry.found, Refusal):
         return entry.found.code
-    if torch.is_autocast_enabled("cpu"):
-        if not _multiplies_bfloat16(entry.found):
+    kind = entry.found.device.type
+    reason = guards.device(kind)
+    if reason:
+        return reason
+    if torch.is_autocast_enabled(kind):
+        if not _fits_autocast(entry.found):
             return "SF116"
-        precision = "bf16"
-    dtype = _compute_dtype(entry.found, precision)
+        dtype = torch.get_autocast_dtype(kind)
+        dtype = _compute_dtype(entry.found, "bf16") if kind == "cpu" else dtype
+    else:
+        dtype = _compute_dtype(entry.found, precision)
     encoder = entry.encoders.get(dtype)
     return _packed(entry, dtype) if encoder is None else encoder
 
@@ -267,9 +227,14 @@ def _parts(model: nn.Module, entry: _Entry) -> Parts | str:
         return entry.found.code
     if entry.structure.hooked_backward():
         return "SF120"
-    if torch.is_autocast_enabled("cpu") and not _multiplies_bfloat16(entry.found):
+    kind = entry.found.device.type
+    if torch.is_autocast_enabled(kind) and not _fits_autocast(entry.found):
         return "SF116"
-    return entry.found
+    if composed(entry.found.device):
+        # Some optimisers write to the weights where neither version nor address tells. On the CPU the values are looked
+        # at; here a training step is reason enough to pack them again.
+        entry.encoders = {}
+    return guards.device(kind) or entry.found
 
 
 def _covered(model: nn.Module, inside: bool) -> _Entry | str:
@@ -286,16 +251,19 @@ def _covered(model: nn.Module, inside: bool) -> _Entry | str:
     return "SF120" if entry.structure.hooked() else entry
 
 
-def _multiplies_bfloat16(parts: Parts) -> bool:
-    """Whether autocast asks for what the kernels do with bfloat16: products in it, everything else in float32."""
-    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and parts.words.weight.dtype == torch.float32
+def _fits_autocast(parts: Parts) -> bool:
+    """Whether autocast asks for what we do: products in a half precision that we have, all else in float32."""
+    kind = parts.device.type
+    halves = (torch.bfloat16,) if kind == "cpu" else (torch.bfloat16, torch.float16)
+    return torch.get_autocast_dtype(kind) in halves and parts.dtype == torch.float32
 
 
-def _packed(entry: _Entry, dtype: torch.dtype) -> Encoder:
+def _packed(entry: _Entry, dtype: torch.dtype) -> Encoder | Composed:
     with _lock, torch.inference_mode(False), torch.no_grad():
         if dtype not in entry.encoders:
             assert isinstance(entry.found, Parts)
-            entry.encoders[dtype] = Encoder(entry.found, dtype)
+            new = Composed if composed(entry.found.device) else Encoder
+            entry.encoders[dtype] = new(entry.found, dtype)
         return entry.encoders[dtype]
 
 
@@ -320,7 +288,8 @@ def _reason_now(model: nn.Module, inside: bool) -> str:
         return "SF125"
     if config.get("_output_attentions") or config.get("output_hidden_states"):
         return "SF121"
-    return guards.device("cpu")
+    # A replica of nn.DataParallel has no parameters, only tensors that stand for them.
+    return "SF114" if "_is_replica" in own else ""
 
 
 def refusal_of(model: nn.Module) -> Refusal | None:
@@ -339,20 +308,26 @@ def refusal_of(model: nn.Module) -> Refusal | None:
     hooked = [module for module in _entry(model).structure.inner if has_hooks([vars(module)])]
     if hooked:
         return Refusal("SF120", f"on a {type(hooked[0]).__name__}")
-    reason = guards.device("cpu")
-    return Refusal(reason, native.why_no_cpu()) if reason else None
+    reason = guards.device(found.device.type)
+    why = native.why_no_cpu() if found.device.type == "cpu" else native.why_no_triton(found.device.type)
+    return Refusal(reason, why) if reason else None
 
 
 def products(model: nn.Module, precision: str) -> str:
-    """In what a covered model multiplies: "fp32" or "bf16"."""
+    """In what a covered model multiplies: "fp32", "bf16" or, on a GPU, "fp16"."""
     found = _renewed(model).found
     assert isinstance(found, Parts)
-    return "bf16" if _compute_dtype(found, precision) == torch.bfloat16 else "fp32"
+    return choice.precision_name(_compute_dtype(found, precision))
 
 
 def _compute_dtype(parts: Parts, precision: str) -> torch.dtype:
-    """bfloat16 where that is asked for, the CPU has it, and the columns come in pairs, as its panels hold them."""
-    asked = precision == "bf16" or parts.words.weight.dtype == torch.bfloat16
+    """On a GPU the model's dtype, or bfloat16 if that is asked for.
+
+    On the CPU bfloat16 where that is asked for, the CPU has it, and the columns come in pairs, as its panels hold them.
+    """
+    if composed(parts.device):
+        return torch.bfloat16 if precision == "bf16" and parts.dtype == torch.float32 else parts.dtype
+    asked = precision == "bf16" or parts.dtype == torch.bfloat16
     pairs = all(layer.down.in_features % 2 == 0 for layer in parts.layers)
     return torch.bfloat16 if asked and pairs and has_bf16() else torch.float32
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sentfast.encoder.architecture import MODEL_TYPES, Architecture, architecture_of
+from sentfast.encoder.device import composed
 from sentfast.encoder.tables import Tables
 from sentfast.integrations.guards import MARK
 from sentfast.reference import ACTIVATIONS
@@ -87,6 +88,7 @@ class Parts:
         bias: the module with the relative position bias.
         rotary: from position ids to cosines and sines, for global and for local layers.
         length: rows of the position table.
+        dtype, device: of every parameter.
     """
 
     architecture: Architecture
@@ -108,6 +110,8 @@ class Parts:
     padding_idx: int | None
     position_offset: int
     length: int
+    dtype: torch.dtype
+    device: torch.device
 
     @property
     def tables(self) -> Tables:
@@ -161,7 +165,7 @@ def _check_class(cls: type, base: type) -> None:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    dtype = None
+    dtype = device = None
     for owner, module in inner_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is None:
@@ -172,9 +176,9 @@ def _check_parameters(model: nn.Module) -> None:
                 raise _RefusalError("SF114" if sharded else "SF108", f"{path} is a {type(parameter).__name__}")
             if parameter.layout != torch.strided:
                 raise _RefusalError("SF105", f"{path} has layout {parameter.layout}")
-            if parameter.device.type != "cpu":
-                raise _RefusalError("SF103", f"{path} is on {parameter.device}")
-            dtype = dtype or parameter.dtype
+            dtype, device = dtype or parameter.dtype, device or parameter.device
+            if parameter.device != device or not (parameter.is_cpu or composed(device)):
+                raise _RefusalError("SF103", f"{path} is on {parameter.device}, the first parameter on {device}")
             if parameter.dtype != dtype or dtype not in KERNEL_DTYPES:
                 raise _RefusalError("SF102", f"{path} is {parameter.dtype}, the first parameter {dtype}")
 
@@ -290,6 +294,8 @@ def _take_apart(model: nn.Module, architecture: Architecture) -> Parts:
         padding_idx=padding_idx,
         position_offset=0 if padding_idx is None else padding_idx + 1,
         length=config.max_position_embeddings if positions is None else positions.weight.shape[0],
+        dtype=words.weight.dtype,
+        device=words.weight.device,
     )
 
 
@@ -364,13 +370,18 @@ def _rotary(model: Any, layers: list[Any]) -> tuple[Callable[[torch.Tensor], Any
         kinds = ("full_attention", "sliding_attention")
         present = [kind if kind in module.rope_type else next(iter(module.rope_type)) for kind in kinds]
         _check_rotary(module.rope_type.values())
-        return tuple(lambda positions, kind=kind: module(torch.empty(0), positions, kind) for kind in present)
+        return tuple(lambda positions, kind=kind: module(_beside(positions), positions, kind) for kind in present)
     modules = []
     for local in (False, True):
         fitting = [layer for layer in layers if (layer.attn.local_attention[0] >= 0) == local]
         modules.append((fitting or layers)[0].attn.rotary_emb)
     _check_rotary(module.rope_type for module in modules)
-    return tuple(lambda positions, module=module: module(torch.empty(0), positions) for module in modules)
+    return tuple(lambda positions, module=module: module(_beside(positions), positions) for module in modules)
+
+
+def _beside(positions: torch.Tensor) -> torch.Tensor:
+    """What tells a rotary module dtype and device of its result."""
+    return torch.empty(0, device=positions.device)
 
 
 def _check_rotary(names: Iterable[str]) -> None:

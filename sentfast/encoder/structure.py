@@ -102,21 +102,21 @@ class State:
         self.bytes = [parameter.numel() * parameter.element_size() for parameter in parameters]
         self.pointers = list(map(Tensor.data_ptr, parameters))
         self.versions = list(map(_version, self.counted))
-        self.print = _fingerprint(self.pointers, self.bytes)
+        self.readable = all(parameter.is_cpu for parameter in parameters)
+        self.print = self._fingerprint(self.pointers)
 
     def current(self) -> bool:
         pointers = list(map(Tensor.data_ptr, self.parameters))
         return (
             pointers == self.pointers
             and list(map(_version, self.counted)) == self.versions
-            and _fingerprint(pointers, self.bytes) == self.print
+            and self._fingerprint(pointers) == self.print
         )
 
-
-def _fingerprint(pointers: list[int], sizes: list[int]) -> int:
-    """Hash of a few words of each tensor: writing through ``.data`` changes neither address nor version."""
-    function = getattr(native.state.cpu, "fingerprint", None)
-    return 0 if function is None else function(pointers, sizes)
+    def _fingerprint(self, pointers: list[int]) -> int:
+        """Hash of a few words of each tensor: writing through ``.data`` changes neither address nor version."""
+        function = getattr(native.state.cpu, "fingerprint", None) if self.readable else None
+        return 0 if function is None else function(pointers, self.bytes)
 
 
 def global_hooks() -> bool:

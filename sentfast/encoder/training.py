@@ -47,12 +47,13 @@ def token_embeddings(
 
     Args:
         parts: of the model.
-        input_ids, position_ids: int32 [T]; token_type_ids likewise, None: all 0.
-        cu_seqlens: int32 [B + 1]; longest: length of the longest sequence.
+        input_ids, position_ids: integers [T] on the device of the model; token_type_ids likewise, None: all 0.
+        cu_seqlens: int32 [B + 1] there; longest: length of the longest sequence.
     """
-    # One seed per call, from the generator whose state checkpoints and cached gradients restore.
+    # One seed per call, from the generator whose state checkpoints and cached gradients restore: that of the CPU, also
+    # for a GPU, which nobody has to wait for then.
     seed = int(torch.randint(2**63 - 1, ()))
-    batch = _Batch(parts, cu_seqlens, longest, seed, _bias(parts, longest), _angles(parts, position_ids))
+    batch = _Batch(parts, cu_seqlens, longest, seed, position_bias(parts, longest), _angles(parts, position_ids))
     x = _embed(parts, input_ids, token_type_ids, position_ids, seed)
     for i, layer in enumerate(parts.layers):
         step = functools.partial(_layer, batch, i)
@@ -86,12 +87,13 @@ def _norm(norm: nn.LayerNorm | None, x: Tensor, residual: Tensor | None = None, 
     return x if norm is None else dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)
 
 
-def _bias(parts: Parts, longest: int) -> Tensor | None:
+def position_bias(parts: Parts, longest: int) -> Tensor | None:
     """[heads, 2 * longest - 1] by the model's own rule of buckets."""
     if parts.bias is None:
         return None
-    distance = torch.arange(1 - longest, longest)
-    return embedding(parts.bias.relative_position_bucket(distance), parts.bias.relative_attention_bias.weight).t()
+    table = parts.bias.relative_attention_bias.weight
+    distance = torch.arange(1 - longest, longest, device=table.device)
+    return embedding(parts.bias.relative_position_bucket(distance), table).t()
 
 
 def _angles(parts: Parts, position_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -124,7 +126,7 @@ def _attend(batch: _Batch, index: int, x: Tensor) -> Tensor:
     window = parts.windows[index] if parts.windows else -1
     if batch.angles:
         cosines, sines = batch.angles[int(window >= 0)]
-        qkv = torch.cat([_rotate(qkv[:, :2], cosines.unsqueeze(1), sines.unsqueeze(1)), qkv[:, 2:]], dim=1)
+        qkv = torch.cat([rotate(qkv[:, :2], cosines.unsqueeze(1), sines.unsqueeze(1)), qkv[:, 2:]], dim=1)
     context = varlen_attention_qkvpacked(
         qkv,
         batch.cu_seqlens,
@@ -148,7 +150,7 @@ def _side_by_side(layer: LayerParts) -> tuple[Tensor, Tensor | None]:
     return weight, torch.cat(tuple(weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in layer.qkv))
 
 
-def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """x: [T, 2, heads, d]; the halves of a head are real and imaginary parts."""
     real, imaginary = x.chunk(2, dim=-1)
     return torch.cat([real * cosines - imaginary * sines, imaginary * cosines + real * sines], dim=-1).to(x.dtype)

@@ -18,15 +18,22 @@ import torch
 from torch import Tensor
 
 from sentfast import functional
-from sentfast.integrations import guards, pipeline, tokenize
+from sentfast.encoder import Composed
+from sentfast.encoder import device as devices
+from sentfast.integrations import pipeline, tokenize
 from sentfast.integrations.ahead import ahead
+from sentfast.integrations.output import output_of
 from sentfast.integrations.pipeline import Pipeline
 from sentfast.integrations.versions import Version
 
 # Tokens per batch: enough work for every thread, small enough for the caches and for memory.
 TOKENS = 8192
-# Texts tokenised at a time. The first window is small: until it is there, nothing can be computed.
-_FIRST_WINDOW, _WINDOW = 512, 4096
+# The same on a GPU: several waves of tiles in every product of a small model (hidden size 384), and the widest state of
+# a large one (4096 columns of float32) takes half a gigabyte.
+TOKENS_ON_DEVICE = 32768
+# Texts tokenised at a time. The first window is small: until it is there, nothing can be computed. A GPU needs more of
+# them, so that most of its batches are full.
+_FIRST_WINDOW, _WINDOW, _WINDOW_ON_DEVICE = 512, 4096, 16384
 # As many texts are tokenised sooner than a thread is started.
 _AT_ONCE = 64
 _NO_LIMIT = 2**62
@@ -34,6 +41,19 @@ _NO_LIMIT = 2**62
 
 class _UnfitError(Exception):
     """An input turns out to be nothing for the fused path; the argument is the reason code."""
+
+
+class Plan(NamedTuple):
+    """How a call is cut into batches: most rows and tokens of one, and texts tokenised at a time.
+
+    fetched: the results come from the GPU to the CPU.
+    """
+
+    rows: int
+    tokens: int
+    window: int
+    device: torch.device
+    fetched: bool = False
 
 
 class Batch(NamedTuple):
@@ -111,11 +131,16 @@ def inference(
         if isinstance(found, str):
             return found
         if not inputs:
-            return torch.tensor([])
+            return torch.tensor([], device=found.encoder.device)
         steps = _steps(found, prompt, normalize_embeddings, truncate_dim)
         tokenizer = tokenize.Tokenizer(found.transformer.processor, _max_length(found.transformer, kwargs), prompt)
+        device, rows = found.encoder.device, _most_rows(model, batch_size)
+        if isinstance(found.encoder, Composed):
+            plan = Plan(rows, TOKENS_ON_DEVICE, _WINDOW_ON_DEVICE, device, save_to_cpu)
+        else:
+            plan = Plan(rows, TOKENS, _WINDOW, device)
         try:
-            return _run(tokenizer, inputs, _most_rows(model, batch_size), steps, batch_size if show_progress_bar else 0)
+            return _run(tokenizer, inputs, plan, steps, batch_size if show_progress_bar else 0)
         except _UnfitError as unfit:
             return unfit.args[0]
 
@@ -123,15 +148,19 @@ def inference(
 def _why_not_call(model: Any, inputs: list, output_value: str | None, device: Any, kwargs: dict[str, Any]) -> str:
     if output_value != pipeline.EMBEDDING or not kwargs.keys() <= {"task"} or any((model.module_kwargs or {}).values()):
         return "SF107"
-    if device is not None and torch.device(device).type != "cpu":
-        return "SF103"
     if model._placement_is_delegated:
         return "SF103"
-    if device is not None and model.device.type != "cpu":
-        model._resolve_inference_device(device)
-    if torch.is_autocast_enabled("cpu"):
-        return "SF116"
-    return guards.device("cpu") or tokenize.why_not_texts(inputs)
+    if device is not None:
+        wanted = torch.device(device)
+        if wanted.type != "cpu" and not devices.composed(wanted):
+            return "SF103"
+        if wanted.type != "cpu" or model.device.type != "cpu":
+            model._resolve_inference_device(device)
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        kind = model.device.type
+        if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
+            return "SF116"
+    return tokenize.why_not_texts(inputs)
 
 
 def _max_length(transformer: Any, kwargs: dict[str, Any]) -> int | None:
@@ -174,40 +203,42 @@ def _steps(
 
 
 def _run(
-    tokenizer: tokenize.Tokenizer, texts: list, most_rows: int, steps: Callable[[Batch], Tensor], progress_step: int
+    tokenizer: tokenize.Tokenizer,
+    texts: list,
+    plan: Plan,
+    steps: Callable[[Batch], Tensor],
+    progress_step: int,
 ) -> Tensor:
     """progress_step: texts per step of the progress bar, 0 for none."""
-    if len(texts) <= min(_AT_ONCE, most_rows) and not progress_step:
+    if len(texts) <= min(_AT_ONCE, plan.rows) and not progress_step:
         tokens = tokenizer(texts)
-        if len(texts) == 1 or tokens.lengths.sum() <= TOKENS:
-            return steps(_whole(tokens))
+        if len(texts) == 1 or tokens.lengths.sum() <= plan.tokens:
+            x = steps(_whole(tokens))
+            return x.cpu() if plan.fetched else x
         windows: Iterator[tuple[int, tokenize.Tokens]] = iter([(0, tokens)])
-        return _fill(len(texts), windows, most_rows, steps, _no_progress)
-    windows = tokenizer.windows(texts, itertools.chain([_FIRST_WINDOW], itertools.repeat(_WINDOW)))
+        return _fill(len(texts), windows, plan, steps, _no_progress)
+    windows = tokenizer.windows(texts, itertools.chain([_FIRST_WINDOW], itertools.repeat(plan.window)))
     with _progress(len(texts), progress_step) as advance:
         if len(texts) <= _AT_ONCE:
-            return _fill(len(texts), windows, most_rows, steps, advance)
+            return _fill(len(texts), windows, plan, steps, advance)
         with closing(ahead(windows)) as windows:
-            return _fill(len(texts), windows, most_rows, steps, advance)
+            return _fill(len(texts), windows, plan, steps, advance)
 
 
 def _fill(
     count: int,
     windows: Iterator[tuple[int, tokenize.Tokens]],
-    most_rows: int,
+    plan: Plan,
     steps: Callable[[Batch], Tensor],
     advance: Callable[[int], None],
 ) -> Tensor:
-    out: Tensor | None = None
+    output = output_of(plan.device, plan.fetched, count)
     for start, tokens in windows:
-        for batch in _batches(tokens, most_rows):
-            x = steps(batch)
-            if out is None:
-                out = x.new_empty(count, x.shape[1])
-            out[torch.from_numpy(batch.rows + start)] = x
+        output.open(start, len(tokens.lengths))
+        for batch in _batches(tokens, plan):
+            output.put(batch.rows, steps(batch))
             advance(len(batch.rows))
-    assert out is not None
-    return out
+    return output.result()
 
 
 def _whole(tokens: tokenize.Tokens) -> Batch:
@@ -215,7 +246,7 @@ def _whole(tokens: tokenize.Tokens) -> Batch:
     return _batch(np.empty(0, np.int64), tokens.ids, tokens.types, tokens.lengths)
 
 
-def _batches(tokens: tokenize.Tokens, most_rows: int) -> Iterator[Batch]:
+def _batches(tokens: tokenize.Tokens, plan: Plan) -> Iterator[Batch]:
     """Long texts first, so that those of a batch have much the same length."""
     lengths = tokens.lengths
     starts = lengths.cumsum() - lengths
@@ -224,8 +255,8 @@ def _batches(tokens: tokenize.Tokens, most_rows: int) -> Iterator[Batch]:
     first = 0
     while first < len(order):
         before = ends[first] - lengths[order[first]]
-        last = int(ends.searchsorted(before + TOKENS, side="right"))
-        last = min(max(last, first + 1), first + most_rows)
+        last = int(ends.searchsorted(before + plan.tokens, side="right"))
+        last = min(max(last, first + 1), first + plan.rows)
         rows = order[first:last]
         yield _gather(tokens, rows, starts[rows], lengths[rows])
         first = last

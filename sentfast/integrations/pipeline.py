@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from sentfast import functional
-from sentfast.encoder import Encoder, choice, encoder_of
+from sentfast.encoder import Composed, Encoder, choice, encoder_of
 from sentfast.integrations import guards, modules, tokenize
 from sentfast.integrations.versions import Version
 
@@ -53,7 +53,7 @@ class Pipeline(NamedTuple):
         classes: those of the installed version.
     """
 
-    encoder: Encoder
+    encoder: Encoder | Composed
     transformer: Any
     modes: tuple[str, ...]
     excludes_prompt: bool
@@ -63,7 +63,7 @@ class Pipeline(NamedTuple):
 
     def run_tail(self, x: Tensor) -> Tensor:
         for module in self.tail:
-            if type(module) is self.classes.dense and _plain_dense(module):
+            if x.is_cpu and type(module) is self.classes.dense and _plain_dense(module):
                 x = _dense(module, x)
             else:
                 x = module({EMBEDDING: x})[EMBEDDING]
@@ -196,7 +196,7 @@ def _activate(function: Any, x: Tensor) -> Tensor:
 
 _training = attrgetter("training")
 # The modules below a model, with the encoder that tells whether they are still the same.
-_below: WeakKeyDictionary[nn.Module, tuple[Encoder, list[nn.Module]]] = WeakKeyDictionary()
+_below: WeakKeyDictionary[nn.Module, tuple[Encoder | Composed, list[nn.Module]]] = WeakKeyDictionary()
 
 
 def find_evaluated(version: Version, model: Any) -> Pipeline | str:

@@ -17,10 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from sentfast import switch
-from sentfast.encoder import Encoder, Packed, choice, encoder_or_parts, pack_padded, token_embeddings
+from sentfast.encoder import (
+    Composed,
+    Encoder,
+    Packed,
+    choice,
+    encoder_or_parts,
+    pack_on_device,
+    pack_padded,
+    token_embeddings,
+)
 from sentfast.encoder.architecture import Architecture, architecture_of
+from sentfast.encoder.device import composed
 from sentfast.encoder.examine import Parts
-from sentfast.integrations import guards
+from sentfast.integrations import guards, loaders
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states")
@@ -97,11 +107,27 @@ def _forward(architecture: Architecture, signature: Signature, model: Any, *args
     found = encoder_or_parts(model, choice.chosen(model) or "match", inside=True)
     if isinstance(found, str):
         return found
-    packed = pack_padded(found.tables, *(arguments.get(name) for name in _INPUTS))
+    inputs = [arguments.get(name) for name in _INPUTS]
+    hidden = _on_device(found, inputs) if composed(found.device) else _on_cpu(found, inputs)  # type: ignore[arg-type]
+    return hidden if isinstance(hidden, str) else _outputs(architecture, model, hidden, form)
+
+
+def _on_cpu(found: Encoder | Parts, inputs: list[Any]) -> Tensor | str:
+    packed = pack_padded(found.tables, *inputs)
     if isinstance(packed, str):
         return packed
-    hidden = _infer(found, packed) if isinstance(found, Encoder) else _train(found, packed)
-    return _outputs(architecture, model, hidden, form)
+    return _infer(found, packed) if isinstance(found, Encoder) else _train(found, packed)
+
+
+def _on_device(found: Composed | Parts, inputs: list[Any]) -> Tensor | str:
+    loaders.watch()
+    batch = pack_on_device(found.tables, found.device, *inputs)
+    if isinstance(batch, str):
+        return batch
+    if isinstance(found, Composed):
+        return batch.pad(found.hidden(batch))
+    ids, types, positions, cu_seqlens, longest, *_ = batch
+    return batch.pad(token_embeddings(found, ids, cu_seqlens, longest, types, positions))
 
 
 def _infer(encoder: Encoder, packed: Packed) -> Tensor:
