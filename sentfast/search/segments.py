@@ -1,0 +1,177 @@
+"""Searching a corpus that lies in segments, some queries at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sentfast.ops import search as ops
+from sentfast.search.results import Stats, best
+
+_CALL_PRODUCTS = 1 << 37  # multiply-adds of one operator call: half a second or less, so that a search can be stopped
+_LEAST_QUERIES = 256
+_WORTH_PACKING = 24  # queries from which on packing rows for one search pays
+_SMALL = 1 << 22  # products of a search too small for that
+
+Excluded = tuple[Tensor, Tensor]
+
+
+class Segment(NamedTuple):
+    """Rows of a corpus that are packed together. Their numbers in the corpus begin at `first`."""
+
+    rows: Tensor
+    packed: ops.Packed | None
+    first: int
+
+    @property
+    def bound(self) -> float:
+        """Largest residual norm of a packed row, the row having length 1."""
+        return 0.0 if self.packed is None else float(self.packed.factors[:, 1].max())
+
+
+def for_one_search(rows: Tensor, queries: int) -> Segment:
+    """Rows that are searched once: packed if that takes less time than it saves."""
+    many = queries >= _WORTH_PACKING and queries * rows.numel() >= _SMALL
+    return Segment(rows, ops.pack(rows) if many and rows.shape[1] <= ops.MOST_INT8_DIMENSIONS else None, 0)
+
+
+def slices(queries: int, rows: int, columns: int, progress: str = "") -> Iterator[slice]:
+    """The queries of one operator call after the other. A KeyboardInterrupt is raised between two of them."""
+    step = height(rows, columns)
+    shown = bar(queries, progress) if progress else None
+    try:
+        for start in range(0, queries, step):
+            part = slice(start, min(start + step, queries))
+            yield part
+            if shown is not None:
+                shown.update(part.stop - part.start)
+    finally:
+        if shown is not None:
+            shown.close()
+
+
+def height(rows: int, columns: int) -> int:
+    """The most queries of one operator call."""
+    return max(_LEAST_QUERIES, _CALL_PRODUCTS // max(1, rows * columns))
+
+
+def bar(total: int, text: str) -> Any:
+    """The progress bar that sentence-transformers shows."""
+    from tqdm.autonotebook import tqdm
+
+    return tqdm(total=total, desc=text)
+
+
+def topk(
+    segments: list[Segment],
+    queries: Tensor,
+    k: int,
+    metric: str,
+    *,
+    threshold: float | Tensor | None = None,
+    highest: Tensor | None = None,
+    excluded: Excluded | None = None,
+    progress: str = "",
+) -> tuple[Tensor, Tensor, Stats]:
+    """The k best rows of all segments: scores [Q, k], their numbers [Q, k], and what the search did."""
+    scores, numbers = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    stats = Stats()
+    for part in slices(len(queries), _rows(segments), queries.shape[1], progress):
+        found: tuple[Tensor, Tensor] | None = None
+        for segment in segments:
+            result = ops.topk(
+                queries[part],
+                segment.rows,
+                segment.packed,
+                k=min(k, len(segment.rows)),
+                metric=metric,
+                threshold=_lowest(threshold, part, found, k),
+                highest=None if highest is None else highest[part],
+                excluded=None if excluded is None else _excluded(excluded, part, segment),
+            )
+            stats += Stats.of(result.statistics, segment.bound)
+            ids = torch.where(result.ids >= 0, result.ids + segment.first, -1)
+            found = (result.scores, ids) if found is None else _merged(found, (result.scores, ids), k)
+        assert found is not None
+        scores[part], numbers[part] = found
+    return scores, numbers, stats
+
+
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    return best(torch.cat([one[0], other[0]], dim=1), torch.cat([one[1], other[1]], dim=1), k)
+
+
+def _rows(segments: list[Segment]) -> int:
+    return sum(len(segment.rows) for segment in segments)
+
+
+def _lowest(
+    threshold: float | Tensor | None, part: slice, found: tuple[Tensor, Tensor] | None, k: int
+) -> float | Tensor | None:
+    """A later segment's rows have to reach the k-th score so far, too."""
+    given = threshold[part] if isinstance(threshold, Tensor) else threshold
+    if found is None or found[0].shape[1] < k:
+        return given
+    last = found[0][:, -1].contiguous()
+    return last if given is None else last.clamp(min=given)
+
+
+def _excluded(excluded: Excluded, part: slice, segment: Segment) -> Excluded:
+    """The ids of these queries that lie in the segment."""
+    offsets, ids = excluded
+    ends = offsets[part.start : part.stop + 1]
+    mine = ids[ends[0] : ends[-1]]
+    inside = (mine >= segment.first) & (mine < segment.first + len(segment.rows))
+    before = torch.cat([inside.new_zeros(1, dtype=torch.int64), inside.cumsum(0)])
+    return before[ends - ends[0]], mine[inside] - segment.first
+
+
+def pairs_above(
+    segments: list[Segment],
+    queries: Tensor,
+    threshold: float | Tensor,
+    metric: str,
+    *,
+    first: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Stats]:
+    """Pairs of at least `threshold` for queries of one operator call: their number per query, rows, scores, statistics.
+
+    first: the queries are the rows from there on, within one segment, and only later rows are paired.
+    """
+    counts = torch.zeros(len(queries), dtype=torch.int64)
+    which, rows, scores, stats = [], [], [], Stats()
+    for segment in segments:
+        own = None
+        if first is not None:
+            own = first - segment.first
+            if own >= len(segment.rows):
+                continue
+            own = own if own >= 0 else None
+        found = ops.pairs_above(queries, segment.rows, segment.packed, threshold=threshold, metric=metric, first=own)
+        stats += Stats.of(found.statistics, segment.bound)
+        lengths = found.offsets.diff()
+        counts += lengths
+        which.append(torch.repeat_interleave(torch.arange(len(queries)), lengths))
+        rows.append(found.ids + segment.first)
+        scores.append(found.scores)
+    if len(which) == 1:
+        return counts, rows[0], scores[0], stats
+    order = torch.cat(which).argsort(stable=True)
+    return counts, torch.cat(rows)[order], torch.cat(scores)[order], stats
+
+
+def count_above(
+    segments: list[Segment], queries: Tensor, threshold: float | Tensor, metric: str, progress: str = ""
+) -> tuple[Tensor, Stats]:
+    """The number of rows of at least `threshold` for each query, and the statistics."""
+    counts, stats = torch.zeros(len(queries), dtype=torch.int64), Stats()
+    for part in slices(len(queries), _rows(segments), queries.shape[1], progress):
+        limit = threshold[part] if isinstance(threshold, Tensor) else threshold
+        for segment in segments:
+            found = ops.count_above(queries[part], segment.rows, segment.packed, threshold=limit, metric=metric)
+            counts[part] += found.counts
+            stats += Stats.of(found.statistics, segment.bound)
+    return counts, stats
