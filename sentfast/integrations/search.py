@@ -169,8 +169,10 @@ def operands(version: Version, queries: Any, corpus: Any) -> tuple[str, Any, Any
 
 
 def _rows(version: Version, x: Any, dtype: torch.dtype | None = None, vector: bool = False) -> tuple[str, Any]:
-    if isinstance(x, np.ndarray) or (isinstance(x, list) and x and all(isinstance(row, Tensor) for row in x)):
+    if isinstance(x, np.ndarray):
         x = version.to_tensor(x)
+    elif isinstance(x, list) and x and all(type(row) is Tensor and row.shape == x[0].shape for row in x):
+        x = torch.stack(x)
     reason = guards.tensor(x) or ("" if x.is_cpu else "SF103")
     if reason:
         return reason, x
