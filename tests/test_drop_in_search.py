@@ -329,6 +329,20 @@ def test_paraphrase_mining_of_many_rows_drops_what_cannot_come_in():
     assert_pairs(ours, stock, exact(rows, rows))
 
 
+@pytest.mark.parametrize("max_pairs, top_k", [(200, 5), (1500, 10), (10**6, 3)])
+@pytest.mark.parametrize("misled", [False, True])
+def test_paraphrase_mining_with_a_limit_from_a_sample(max_pairs, top_k, misled, monkeypatch):
+    """A sample that promises too much costs time, and changes nothing."""
+    from sentfast.integrations import search
+
+    rows = clustered(400)
+    monkeypatch.setattr(search, "_SAMPLE", 16)
+    if misled:
+        monkeypatch.setattr(search, "_MARGIN", 0.01)
+    ours, stock = both(paraphrase_mining_embeddings, rows, max_pairs=max_pairs, top_k=top_k)
+    assert_pairs(ours, stock, exact(rows, rows))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_paraphrase_mining_with_other_functions(metric):
     rows = torch.randn(50, 12)

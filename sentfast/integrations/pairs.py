@@ -17,17 +17,24 @@ class BestPairs:
         most: entries to keep.
         once: a pair enters once, and from -inf on (6.2). Else in both directions and from -1 on, with one place less,
             and is made one pair at the end.
+        limit: entries below it are left out; right if the pairs are `full` in the end.
     """
 
-    def __init__(self, rows: int, most: int, once: bool):
+    def __init__(self, rows: int, most: int, once: bool, limit: float = -np.inf):
         self.once = once
         self.cap = most if once else most - 1
-        self.limit = float(np.nextafter(np.float32(-np.inf if once else -1), np.float32(np.inf)))
+        least = float(np.nextafter(np.float32(-np.inf if once else -1), np.float32(np.inf)))
+        self.limit = max(limit, least)
         self._scores = np.empty(0, np.float32)
         self._first = np.empty(0, np.int64)
         self._second = np.empty(0, np.int64)
         self._last_scores = np.empty(rows, np.float32)
         self._last_rows = np.empty(rows, np.int64)
+
+    @property
+    def full(self) -> bool:
+        """Whether there were as many entries as are kept."""
+        return len(self._scores) >= self.cap
 
     def add(self, start: int, scores: np.ndarray, indices: np.ndarray) -> None:
         """The nearest rows of the rows from `start` on, as a search returns them."""

@@ -26,6 +26,8 @@ _SIMILARITY = "sentence_transformers.util.similarity"
 _METRICS = {"cos_sim": "cos", "pytorch_cos_sim": "cos", "dot_score": "dot", "euclidean_sim": "euclidean"}
 _ROWS_AT_ONCE = 1 << 12  # of a corpus that is paired with itself; their pairs are looked at together
 _PAIRS_AT_ONCE = 1 << 22
+_SAMPLE = 256
+_MARGIN = 1.5
 _CENTERS_AT_ONCE = 256
 
 
@@ -57,15 +59,32 @@ def paraphrase_mining_embeddings(
     reason, rows = _rows(version, embeddings)
     if reason or not _counts(query_chunk, corpus_chunk, max_pairs, top_k):
         return reason or "SF107"
-    pairs = BestPairs(len(rows), max_pairs, version.pairs_once)
     # Up to 6.1, each row gets its top_k from each chunk of the corpus.
     width = len(rows) if version.pairs_once else corpus_chunk
-    for first in range(0, len(rows), width):
-        chunk = rows[first : first + width]
-        segment = _packed(chunk, len(rows))[0]._replace(first=first)
-        if not _mine(pairs, segment, rows, top_k, metric):
+    chunks = [
+        _packed(rows[first : first + width], len(rows))[0]._replace(first=first) for first in range(0, len(rows), width)
+    ]
+    limit = _likely_limit(chunks, rows, max_pairs, top_k, metric)
+    while True:
+        pairs = BestPairs(len(rows), max_pairs, version.pairs_once, limit)
+        if not all(_mine(pairs, chunk, rows, top_k, metric) for chunk in chunks):
             return "SF128"
-    return pairs.result()
+        if pairs.full or limit == -math.inf:
+            return pairs.result()
+        limit = -math.inf
+
+
+def _likely_limit(chunks: list[Segment], rows: Tensor, max_pairs: int, top_k: int, metric: str) -> float:
+    """A score that more than max_pairs pairs will reach, going by a sample of the rows; -inf where that is unclear."""
+    if len(rows) < 8 * _SAMPLE or len(chunks) > 1:
+        return -math.inf
+    sample = torch.linspace(0, len(rows) - 1, _SAMPLE).long()
+    own = torch.arange(_SAMPLE + 1), sample
+    k = min(top_k, len(rows) - 1)
+    scores, _, _ = segments.topk(chunks, rows[sample], k, metric, excluded=own)
+    # Each pair may stand in two rows.
+    place = int(2 * _MARGIN * max_pairs / len(rows) * _SAMPLE)
+    return float(scores.flatten().sort(descending=True).values[place]) if place < scores.numel() // 2 else -math.inf
 
 
 def _mine(pairs: BestPairs, segment: Segment, rows: Tensor, top_k: int, metric: str) -> bool:
