@@ -97,7 +97,7 @@ FORMS = {
 def test_inputs(form):
     queries, rows = torch.randn(5, 20), torch.randn(60, 20)
     given = [FORMS[form](x) for x in (queries, rows)]
-    same = [torch.stack([torch.as_tensor(np.array(row)) for row in x]) if isinstance(x, list) else x for x in given]
+    same = [torch.stack([torch.as_tensor(row) for row in x]) if isinstance(x, list) else x for x in given]
     same = [torch.tensor(np.array(x, dtype=np.float32)) if isinstance(x, np.ndarray) else x.float() for x in same]
     result = search.topk(*given, 4)
     assert_found(result, exact(same[0].detach(), same[1].detach()), 4)
@@ -133,8 +133,8 @@ def test_limits_and_exclusions():
     corpus.append(rows[100:])
     for where in (rows, corpus):
         assert_found(search.topk(queries, where, 9, exclude=lists), masked, 9)
-        found = search.topk(queries, where, 30, exclude=lists, ceiling=ceiling, threshold=0.1)
-        assert_found(found, wanted, 30)
+        found = search.topk(queries, where, 130, exclude=lists, ceiling=ceiling, threshold=0.1)
+        assert_found(found, wanted, 130)
         assert (found.indices == -1).any()
         alone = exact(rows, rows).fill_diagonal_(-float("inf"))
         assert_found(search.topk(rows, where, 150, exclude_self=True), alone, 150)
@@ -303,9 +303,9 @@ def test_top_pairs_of_equal_rows_and_of_a_sample_that_misleads(monkeypatch):
 
 
 def test_half_the_work_for_a_join_with_itself():
-    corpus = search.Corpus(torch.randn(500, 16))
+    corpus = search.Corpus(torch.randn(4000, 16))
     search.pairs_above(corpus, threshold=0.9)
-    assert corpus.stats.pairs <= 500 * 500 * 0.75
+    assert corpus.stats.pairs <= 4000 * 4000 * 0.75
 
 
 def test_hard_negatives():
@@ -391,12 +391,14 @@ def test_damage_anywhere_is_seen(saved):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(torch.randint(8, ()))
         path.write_bytes(damaged)
-        if place >= header:
-            search.Corpus.load(path, verify=False)
-        elif whole[place : place + 1] == b" ":  # what stands between the header and the data means nothing
+        if (
+            place < header and whole[place : place + 1] == b" "
+        ):  # what stands between the header and the data means nothing
             continue
         with pytest.raises(search.CorpusFileError):
             search.Corpus.load(path)
+        if header <= place < header + 9600:  # the first rows, which can be anything
+            assert len(search.Corpus.load(path, verify=False)) == 200
 
 
 def test_files_that_are_no_corpus(saved, tmp_path):
