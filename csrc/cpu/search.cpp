@@ -32,7 +32,8 @@ struct Inputs {
   SearchRows queries;
   int64_t count;
 
-  Inputs(const Tensor& q, const Tensor& k, const Optional& codes, const Optional& factors, int64_t metric)
+  Inputs(const Tensor& q, const Tensor& k, const Optional& codes, const Optional& factors, const Optional& center,
+         int64_t metric)
       : query_rows(q), corpus_rows(k), corpus(), queries(), count(q.size(0)) {
     STD_TORCH_CHECK(metric == kCosine || metric == kDot || metric == kEuclidean, "metric: expected 0 to 2");
     STD_TORCH_CHECK(q.size(1) == k.size(1), "corpus: expected the dimension of queries");
@@ -41,9 +42,12 @@ struct Inputs {
     corpus.rows = {static_cast<const float*>(corpus_rows.get().data), corpus_rows.stride, corpus_rows.dim};
     corpus.count = k.size(0);
     corpus.metric = metric;
-    if (!codes || !factors) return;
+    if (!codes || !factors || !center) return;
     check(*codes, "codes", ScalarType::Byte, 4);
     check(*factors, "factors", ScalarType::Float, 3);
+    check(*center, "center", ScalarType::Float, 1);
+    STD_TORCH_CHECK(center->size(0) == queries.dim && center->is_contiguous(), "center: expected ", queries.dim,
+                    " contiguous numbers");
     const int64_t panels = (corpus.count + kSearchPanel - 1) / kSearchPanel;
     const int64_t words = (queries.dim + kSearchGroup - 1) / kSearchGroup;
     STD_TORCH_CHECK(codes->size(0) == panels && codes->size(1) == words && codes->size(2) == kSearchPanel &&
@@ -54,6 +58,7 @@ struct Inputs {
                     "factors: expected those of corpus, contiguous");
     corpus.codes = static_cast<const uint32_t*>(codes->const_data_ptr());
     corpus.factors = static_cast<const float*>(factors->const_data_ptr());
+    corpus.center = static_cast<const float*>(center->const_data_ptr());
   }
   SearchRows queries_from(int64_t first) const {
     return {queries.data + first * queries.stride, queries.stride, queries.dim};
@@ -208,12 +213,12 @@ SearchStatistics scan(const Inputs& in, int64_t first, int64_t count, int64_t be
 }
 
 std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& queries, const Tensor& corpus, const Optional& codes,
-                                        const Optional& factors, int64_t k, int64_t metric, const Optional& lowest,
-                                        const Optional& highest, const Optional& excluded_offsets,
-                                        const Optional& excluded) {
+                                        const Optional& factors, const Optional& center, int64_t k, int64_t metric,
+                                        const Optional& lowest, const Optional& highest,
+                                        const Optional& excluded_offsets, const Optional& excluded) {
   check(queries, "queries", ScalarType::Float, 2);
   check(corpus, "corpus", ScalarType::Float, 2);
-  const Inputs in(queries, corpus, codes, factors, metric);
+  const Inputs in(queries, corpus, codes, factors, center, metric);
   STD_TORCH_CHECK(k >= 1 && k <= in.corpus.count, "k: expected 1 to ", in.corpus.count, ", got ", k);
   TopKWishes wishes = {k, limits_of(lowest, "lowest", in.count), limits_of(highest, "highest", in.count), nullptr,
                        nullptr};
@@ -322,11 +327,11 @@ std::vector<Reducer> scan_block(const Inputs& in, const Plan& plan, int64_t b, i
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pairs(const Tensor& queries, const Tensor& corpus, const Optional& codes,
-                                                 const Optional& factors, const Tensor& lowest, int64_t metric,
-                                                 int64_t first_row) {
+                                                 const Optional& factors, const Optional& center, const Tensor& lowest,
+                                                 int64_t metric, int64_t first_row) {
   check(queries, "queries", ScalarType::Float, 2);
   check(corpus, "corpus", ScalarType::Float, 2);
-  const Inputs in(queries, corpus, codes, factors, metric);
+  const Inputs in(queries, corpus, codes, factors, center, metric);
   const float* limits = limits_of(lowest, "lowest", in.count);
   const Plan plan(in, 1, in.corpus.count);
   Total total;
@@ -372,10 +377,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairs(const Tensor& queries, const Te
 }
 
 std::tuple<Tensor, Tensor> count(const Tensor& queries, const Tensor& corpus, const Optional& codes,
-                                 const Optional& factors, const Tensor& lowest, int64_t metric) {
+                                 const Optional& factors, const Optional& center, const Tensor& lowest,
+                                 int64_t metric) {
   check(queries, "queries", ScalarType::Float, 2);
   check(corpus, "corpus", ScalarType::Float, 2);
-  const Inputs in(queries, corpus, codes, factors, metric);
+  const Inputs in(queries, corpus, codes, factors, center, metric);
   const float* limits = limits_of(lowest, "lowest", in.count);
   const Plan plan(in, 8, in.corpus.count);
   Total total;
@@ -405,17 +411,42 @@ std::tuple<Tensor, Tensor> count(const Tensor& queries, const Tensor& corpus, co
 
 // ---- packing ----
 
-std::tuple<Tensor, Tensor> pack(const Tensor& rows) {
+constexpr int64_t kCenterRows = 4096;
+
+bool finite_row(double norm) { return norm > 0 && norm <= std::numeric_limits<double>::max(); }
+
+// The mean of unit rows, of thousands at most: any vector is a correct center, a near one makes the residuals small.
+void find_center(const float* data, int64_t stride, int64_t count, int64_t dim, float* center) {
+  const SearchKernels& kernel = kernels().search;
+  std::vector<double> sum(dim, 0.0);
+  std::vector<float> unit(dim);
+  int64_t used = 0;
+  for (int64_t i = 0; i < count; i += std::max<int64_t>(1, count / kCenterRows)) {
+    const double norm = kernel.norm(data + i * stride, dim);
+    if (!finite_row(norm)) continue;
+    kernel.unit(data + i * stride, dim, norm, unit.data());
+    for (int64_t d = 0; d < dim; ++d) sum[d] += unit[d];
+    ++used;
+  }
+  for (int64_t d = 0; d < dim; ++d)
+    center[d] = used == 0 ? 0.0f : static_cast<float>(sum[d] / static_cast<double>(used));
+}
+
+std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& rows) {
   check(rows, "rows", ScalarType::Float, 2);
   const RowView view(rows);
   const int64_t count = rows.size(0), dim = view.dim;
   const int64_t panels = (count + kSearchPanel - 1) / kSearchPanel, words = (dim + kSearchGroup - 1) / kSearchGroup;
   Tensor codes = new_tensor({panels, words, kSearchPanel, kSearchGroup}, ScalarType::Byte);
   Tensor factors = new_tensor({panels, kSearchFactors, kSearchPanel}, ScalarType::Float);
+  Tensor center = new_tensor({dim}, ScalarType::Float);
   auto* panel = static_cast<uint32_t*>(codes.mutable_data_ptr());
   auto* factor = static_cast<float*>(factors.mutable_data_ptr());
+  auto* middle = static_cast<float*>(center.mutable_data_ptr());
   const auto* data = static_cast<const float*>(view.get().data);
+  find_center(data, view.stride, count, dim, middle);
   const SearchKernels& kernel = kernels().search;
+  const double square = kernel.product(middle, middle, dim);
   torch::stable::parallel_for(0, panels, grain(kSearchPanel * dim), [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> scratch(kSearchPanel * words);
     for (int64_t p = begin; p < end; ++p) {
@@ -427,11 +458,12 @@ std::tuple<Tensor, Tensor> pack(const Tensor& rows) {
         const double norm = kernel.norm(row, dim);
         out[kSearchNorm * kSearchPanel + j] = static_cast<float>(norm);
         uint32_t* to = &scratch[j * words];
-        if (!(norm > 0 && norm <= std::numeric_limits<double>::max())) {
+        if (!finite_row(norm)) {
           std::fill_n(to, words, 0u);
           continue;
         }
-        const SearchCodes c = kernel.quantize(row, dim, norm, 0, to);
+        out[kSearchTilt * kSearchPanel + j] = static_cast<float>(kernel.product(row, middle, dim) / norm - square);
+        const SearchCodes c = kernel.quantize(row, dim, norm, middle, 0, to);
         out[kSearchScale * kSearchPanel + j] = static_cast<float>(c.scale);
         out[kSearchResidual * kSearchPanel + j] = static_cast<float>(c.residual);
         out[kSearchHeight * kSearchPanel + j] = static_cast<float>(c.height);
@@ -439,7 +471,7 @@ std::tuple<Tensor, Tensor> pack(const Tensor& rows) {
       kernel.panel(scratch.data(), size, words, kSearchZero, panel + p * words * kSearchPanel);
     }
   });
-  return {codes, factors};
+  return {codes, factors, center};
 }
 
 }  // namespace

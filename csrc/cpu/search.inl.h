@@ -12,7 +12,11 @@ typedef double Wide __attribute__((vector_size(64)));
 typedef float Narrow __attribute__((vector_size(32), aligned(4), may_alias));
 
 SENTFAST_INLINE inline Wide widen(const float* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Wide>(_mm512_cvtps_pd(_mm256_loadu_ps(p)));  // GCC 12 would convert halves
+#else
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Wide);
+#endif
 }
 SENTFAST_INLINE inline Wide widen(const float* p, int64_t n) {
   float lane[kLanes] = {};
@@ -65,12 +69,14 @@ SENTFAST_INLINE inline void exact_tile(const float* const (&a)[R], const float* 
   }
 }
 
-inline double norm(const float* row, int64_t dim) {
-  const float* const rows[1] = {row};
+inline double product(const float* a, const float* b, int64_t dim) {
+  const float *const left[1] = {a}, *const right[1] = {b};
   double sums[1][1];
-  exact_tile<Product>(rows, rows, dim, sums);
-  return __builtin_sqrt(sums[0][0]);
+  exact_tile<Product>(left, right, dim, sums);
+  return sums[0][0];
 }
+
+inline double norm(const float* row, int64_t dim) { return __builtin_sqrt(product(row, row, dim)); }
 
 inline double cosine_norm(const float* row, int64_t dim) {
   const double n = norm(row, dim);
@@ -172,52 +178,54 @@ inline void unit(const float* row, int64_t dim, double divisor, float* out) {
   for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(row[d] * factor);
 }
 
-inline SearchCodes quantize(const float* row, int64_t dim, double divisor, double least, uint32_t* codes) {
+// The nearest whole numbers of what is below 2^51.
+SENTFAST_INLINE inline Wide nearest(Wide x) {
+  constexpr double whole = 0x1.8p52;
+  return (x + whole) - whole;
+}
+
+inline SearchCodes quantize(const float* row, int64_t dim, double divisor, const float* center, double least,
+                            uint32_t* codes) {
+  typedef int32_t Whole __attribute__((vector_size(32)));
+  typedef int8_t Codes __attribute__((vector_size(8)));
   auto* out = reinterpret_cast<int8_t*>(codes);
-  float largest[kLanes] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    for (int i = 0; i < kLanes; ++i) {
-      const float x = __builtin_fabsf(row[d + i]);
-      largest[i] = x > largest[i] ? x : largest[i];
+  const int64_t places = (dim + kSearchGroup - 1) / kSearchGroup * kSearchGroup;
+  const double unit = 1 / divisor;
+  const auto each = [&](auto f) SENTFAST_INLINE {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int64_t n = dim - d;
+      Wide x = (n < kLanes ? widen(row + d, n) : widen(row + d)) * unit;
+      if (center != nullptr) x -= n < kLanes ? widen(center + d, n) : widen(center + d);
+      f(d, x);
     }
-  }
-  float most = 0;
-  for (; d < dim; ++d) most = __builtin_fabsf(row[d]) > most ? __builtin_fabsf(row[d]) : most;
+  };
+  Wide largest = {};
+  each([&](int64_t, Wide x) SENTFAST_INLINE {
+    const Wide size = x < 0 ? -x : x;
+    largest = size > largest ? size : largest;
+  });
+  double most = 0;
   for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
   // The scale is kept as a float, so the codes are those of the float.
-  float scale = static_cast<float>(most / divisor / 127);
+  float scale = static_cast<float>(most / 127);
   if (scale < least) scale = static_cast<float>(least);
-  const double unit = 1 / divisor, inverse = scale > 0 ? 1 / (divisor * scale) : 0;
-  double residuals[kLanes] = {};
-  int32_t sums[kLanes] = {}, squares[kLanes] = {};
-  const auto put = [&](int64_t at, int i) SENTFAST_INLINE {
-    double x = __builtin_rint(row[at] * inverse);
-    x = x > 127 ? 127 : x;
-    x = x < -127 ? -127 : x;
-    const auto code = static_cast<int32_t>(x);
-    out[at] = static_cast<int8_t>(code);
-    const double off = row[at] * unit - x * scale;
-    residuals[i] += off * off;
-    sums[i] += code;
-    squares[i] += code * code;
-  };
-  for (d = 0; d + kLanes <= dim; d += kLanes) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes; ++i) put(d + i, i);
-  }
-  for (; d < dim; ++d) put(d, 0);
-  for (; d % kSearchGroup != 0; ++d) out[d] = 0;
-  double residual = 0, square = 0;
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    residual += residuals[i];
-    square += squares[i];
-    sum += sums[i];
-  }
+  const double inverse = scale > 0 ? 1 / static_cast<double>(scale) : 0;
+  Wide residual = {}, square = {}, sum = {};
+  each([&](int64_t d, Wide x) SENTFAST_INLINE {
+    Wide code = nearest(x * inverse);
+    code = code > 127 ? Wide{} + 127 : code;
+    code = code < -127 ? Wide{} - 127 : code;
+    const Wide off = x - code * scale;
+    residual += off * off;
+    square += code * code;
+    sum += code;
+    const Codes bytes = __builtin_convertvector(__builtin_convertvector(code, Whole), Codes);
+    __builtin_memcpy(out + d, &bytes, static_cast<size_t>(places - d < kLanes ? places - d : kLanes));
+  });
   // Rounded up, so that what is computed with them stays a bound.
   constexpr double up = 1 + 0x1p-20;
-  return {scale, up * __builtin_sqrt(residual), up * scale * __builtin_sqrt(square), sum};
+  return {scale, up * __builtin_sqrt(total(residual)), up * scale * __builtin_sqrt(total(square)),
+          static_cast<int32_t>(total(sum))};
 }
 
 inline void panel(const uint32_t* from, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel) {
@@ -228,98 +236,142 @@ inline void panel(const uint32_t* from, int64_t rows, int64_t words, uint32_t fl
 
 // Four products of a query's signed codes and a row's codes plus 128, added to an int32.
 struct CodeStep {
-#if defined(__AVX512VNNI__)
-  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-    return {_mm512_castsi512_ps(
-        _mm512_dpbusd_epi32(_mm512_castps_si512(c.v), _mm512_castps_si512(b.v), _mm512_castps_si512(a.v)))};
-  }
-#elif defined(__AVX512BW__)
-  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-    const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
-    const __m512i even =
-        _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_and_si512(y, _mm512_set1_epi16(255)));
-    const __m512i odd = _mm512_madd_epi16(_mm512_srai_epi16(x, 8), _mm512_srli_epi16(y, 8));
-    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(c.v), _mm512_add_epi32(even, odd)))};
-  }
+#if defined(__AVX512F__)
+  using Words = __m512i;
+  static SENTFAST_INLINE Words load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static SENTFAST_INLINE Words fill(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static SENTFAST_INLINE Vec value(Words sum) { return {_mm512_cvtepi32_ps(sum)}; }
 #elif defined(__AVX2__)
-  static SENTFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-    const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
-    const __m256i even =
-        _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_and_si256(y, _mm256_set1_epi16(255)));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(x, 8), _mm256_srli_epi16(y, 8));
-    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(c.v), _mm256_add_epi32(even, odd)))};
+  using Words = __m256i;
+  static SENTFAST_INLINE Words load(const uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
+  static SENTFAST_INLINE Words fill(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static SENTFAST_INLINE Vec value(Words sum) { return {_mm256_cvtepi32_ps(sum)}; }
 #else
-  static Vec multiply_add(Vec a, Vec b, Vec c) {
-    for (int lane = 0; lane < Vec::lanes; ++lane) {
-      int8_t x[kSearchGroup];
-      uint8_t y[kSearchGroup];
-      int32_t sum;
-      __builtin_memcpy(x, &a.v[lane], 4);
-      __builtin_memcpy(y, &b.v[lane], 4);
-      __builtin_memcpy(&sum, &c.v[lane], 4);
-      for (int i = 0; i < kSearchGroup; ++i) sum += x[i] * y[i];
-      __builtin_memcpy(&c.v[lane], &sum, 4);
-    }
-    return c;
+  struct Words {
+    uint32_t lane[Vec::lanes];
+  };
+  static Words load(const uint32_t* p) {
+    Words x;
+    for (int i = 0; i < Vec::lanes; ++i) x.lane[i] = p[i];
+    return x;
+  }
+  static Words fill(uint32_t value) {
+    Words x;
+    for (int i = 0; i < Vec::lanes; ++i) x.lane[i] = value;
+    return x;
+  }
+  static Vec value(Words sum) {
+    Vec x;
+    for (int i = 0; i < Vec::lanes; ++i) x.v[i] = static_cast<float>(static_cast<int32_t>(sum.lane[i]));
+    return x;
   }
 #endif
-  // The sums as floats.
-#if defined(__AVX512F__)
-  static SENTFAST_INLINE Vec value(Vec sum) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(sum.v))}; }
+
+#if defined(__AVX512VNNI__)
+  static SENTFAST_INLINE Words multiply_add(Words query, Words row, Words sum) {
+    // GCC 12 takes the intrinsic for a call that may read memory, and stores every sum at every step.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(query));
+    return sum;
+  }
+#elif defined(__AVX512BW__)
+  static SENTFAST_INLINE Words multiply_add(Words query, Words row, Words sum) {
+    const Words even = _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(query, 8), 8),
+                                         _mm512_and_si512(row, _mm512_set1_epi16(255)));
+    const Words odd = _mm512_madd_epi16(_mm512_srai_epi16(query, 8), _mm512_srli_epi16(row, 8));
+    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+  }
 #elif defined(__AVX2__)
-  static SENTFAST_INLINE Vec value(Vec sum) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(sum.v))}; }
+  static SENTFAST_INLINE Words multiply_add(Words query, Words row, Words sum) {
+    const Words even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(query, 8), 8),
+                                         _mm256_and_si256(row, _mm256_set1_epi16(255)));
+    const Words odd = _mm256_madd_epi16(_mm256_srai_epi16(query, 8), _mm256_srli_epi16(row, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+  }
 #else
-  static Vec value(Vec sum) {
-    for (int lane = 0; lane < Vec::lanes; ++lane) {
-      int32_t x;
-      __builtin_memcpy(&x, &sum.v[lane], 4);
-      sum.v[lane] = static_cast<float>(x);
+  static Words multiply_add(Words query, Words row, Words sum) {
+    for (int i = 0; i < Vec::lanes; ++i) {
+      for (int shift = 0; shift < 32; shift += 8) {
+        const auto code = static_cast<int8_t>(query.lane[i] >> shift);
+        sum.lane[i] += static_cast<uint32_t>(code * static_cast<int32_t>((row.lane[i] >> shift) & 255));
+      }
     }
     return sum;
   }
 #endif
-  static SENTFAST_INLINE Vec start(const SearchScan& p, int64_t query) {
-    return Vec::broadcast(reinterpret_cast<const Word*>(p.start + query));
+  static SENTFAST_INLINE Words start(const SearchScan& p, int64_t query) {
+    return fill(static_cast<uint32_t>(p.start[query]));
   }
 };
 
-struct FloatStep : gemm::Float32Step {
+struct FloatStep {
+  using Words = Vec;
+  static SENTFAST_INLINE Vec load(const uint32_t* p) { return Vec::load(reinterpret_cast<const AliasedFloat*>(p)); }
+  static SENTFAST_INLINE Vec fill(uint32_t x) {
+    float value;
+    __builtin_memcpy(&value, &x, 4);
+    return Vec::fill(value);
+  }
+  static SENTFAST_INLINE Vec multiply_add(Vec query, Vec row, Vec sum) { return Vec::fma(query, row, sum); }
   static SENTFAST_INLINE Vec value(Vec sum) { return sum; }
   static SENTFAST_INLINE Vec start(const SearchScan&, int64_t) { return Vec::zero(); }
 };
+
+// The pairs of query q whose bounds exceed its limit, from their sums with the columns of a tile.
+SENTFAST_INLINE inline SearchHit* choose(const SearchScan& p, int64_t q, int64_t column, const float* sums,
+                                         SearchHit* hits) {
+  const Vec norm = Vec::fill(p.norm[q]), error = Vec::fill(p.error[q]), center = Vec::fill(p.center[q]);
+  const Vec tilt = Vec::fill(p.tilt[q]), limit = Vec::fill(p.limit[q]);
+  uint64_t found = 0;
+#pragma GCC unroll 8
+  for (int j = 0; j < Vec::tile_vectors; ++j) {
+    const float* first = p.factors + column + j * Vec::lanes;
+    const auto factor = [&](int n) SENTFAST_INLINE { return Vec::load(first + n * kSearchPanel); };
+    Vec bound = Vec::fma(tilt, factor(kSearchTilt), error * factor(kSearchHeight));
+    bound = Vec::fma(norm, factor(kSearchResidual), bound);
+    bound = Vec::fma(center, factor(kSearchNorm), bound);
+    if (p.square != nullptr) bound = Vec::fma(Vec::fill(p.square[q]), factor(kSearchSquare), bound);
+    bound = Vec::fma(Vec::load(sums + j * Vec::lanes), factor(kSearchScale), bound);
+    found |= static_cast<uint64_t>(Vec::bits(Vec::above(bound, limit))) << (j * Vec::lanes);
+  }
+  for (; found != 0; found &= found - 1) {
+    *hits++ = {p.number[q], static_cast<uint32_t>(p.row + column + __builtin_ctzll(found))};
+  }
+  return hits;
+}
 
 // R queries from `first` on against the columns of a tile from `column` on.
 template <class Step, int R>
 SENTFAST_INLINE inline SearchHit* scan_tile(const SearchScan& p, int64_t first, int64_t column, SearchHit* hits) {
   constexpr int V = Vec::tile_vectors;
-  Vec sum[R][V];
+  typename Step::Words sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    const Vec start = Step::start(p, first + i);
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) sum[i][j] = start;
+    for (int j = 0; j < V; ++j) sum[i][j] = Step::start(p, first + i);
   }
-  gemm::accumulate<Step>(sum, reinterpret_cast<const Word*>(p.queries + first * p.words), p.words,
-                         reinterpret_cast<const Word*>(p.panel + column), kSearchPanel, p.words);
-  const float* factors = p.factors + column;
+  const uint32_t *query = p.queries + first * p.words, *row = p.panel + column;
+  for (int64_t w = 0; w < p.words; ++w, row += kSearchPanel) {
+    typename Step::Words codes[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) codes[j] = Step::load(row + j * Vec::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const typename Step::Words x = Step::fill(query[i * p.words + w]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) sum[i][j] = Step::multiply_add(x, codes[j], sum[i][j]);
+    }
+  }
+  // Through memory: what follows has branches, for which the compiler would keep the sums there all along.
+  constexpr int width = V * Vec::lanes;
+  float sums[R * width];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    const int64_t q = first + i;
-    const Vec norm = Vec::fill(p.norm[q]), error = Vec::fill(p.error[q]), limit = Vec::fill(p.limit[q]);
-    uint64_t found = 0;
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) {
-      const auto factor = [&](int n) SENTFAST_INLINE { return Vec::load(factors + n * kSearchPanel + j * Vec::lanes); };
-      Vec bound = Vec::fma(norm, factor(kSearchResidual), error * factor(kSearchHeight));
-      bound = Vec::fma(Step::value(sum[i][j]), factor(kSearchScale), bound);
-      if (p.shift != nullptr) bound = Vec::fma(Vec::fill(p.shift[q]), factor(kSearchNorm), bound);
-      found |= static_cast<uint64_t>(Vec::bits(Vec::above(bound, limit))) << (j * Vec::lanes);
-    }
-    for (; found != 0; found &= found - 1) {
-      *hits++ = {p.number[q], static_cast<uint32_t>(p.row + column + __builtin_ctzll(found))};
-    }
+    for (int j = 0; j < V; ++j) Step::value(sum[i][j]).store(sums + i * width + j * Vec::lanes);
   }
+  for (int i = 0; i < R; ++i) hits = choose(p, first + i, column, sums + i * width, hits);
   return hits;
 }
 
@@ -337,6 +389,8 @@ inline int64_t scan(const SearchScan& p, SearchHit* hits) {
   return hits - begin;
 }
 
-inline SearchKernels kernels() { return {norm, quantize, unit, panel, scan<CodeStep>, scan<FloatStep>, pairs, all}; }
+inline SearchKernels kernels() {
+  return {norm, product, quantize, unit, panel, scan<CodeStep>, scan<FloatStep>, pairs, all};
+}
 
 }  // namespace search

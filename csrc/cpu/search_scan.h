@@ -20,7 +20,7 @@ struct SearchCorpus {
   SearchRows rows;
   int64_t count, metric;
   const uint32_t* codes;  // packed, or nullptr
-  const float* factors;
+  const float *factors, *center;
 };
 
 struct SearchStatistics {
@@ -35,34 +35,37 @@ struct SearchStatistics {
 
 // What rows of a panel weigh in a pass, from what was packed (or, for floats, from the rows' norms alone).
 inline void search_factors(int64_t metric, const float* packed, float slack, float* out) {
-  const float *scale = packed, *residual = scale + kSearchPanel, *height = residual + kSearchPanel;
-  const float* norm = height + kSearchPanel;
+  const auto row = [](auto* factors, int n) { return factors + n * kSearchPanel; };
+  const float *residual = row(packed, kSearchResidual), *height = row(packed, kSearchHeight);
+  const float* norm = row(packed, kSearchNorm);
   // Norms whose squares or products leave float32 get no bound: NaN lets every pair through.
   const float largest = metric == kCosine ? std::numeric_limits<float>::max() : metric == kDot ? 1e30f : 1e10f;
   const float smallest = metric == kCosine ? 0.0f : metric == kDot ? 1e-30f : 1e-15f;
-  constexpr float up = 1 + 0x1p-20f, round = 0x1p-19f;
+  constexpr float up = 1 + 0x1p-20f, eps = static_cast<float>(kSearchEps), nan = __builtin_nanf("");
   for (int64_t j = 0; j < kSearchPanel; ++j) {
     const bool bounded = norm[j] == 0 || (norm[j] <= largest && norm[j] >= smallest);
-    const float cosine = norm[j] < static_cast<float>(kSearchEps) ? norm[j] / static_cast<float>(kSearchEps) : 1.0f;
-    const float weight = metric == kCosine ? cosine : norm[j];
-    const float bound = weight * (residual[j] * up + slack + round);
-    out[j] = scale[j] * weight;
-    out[kSearchPanel + j] = bounded ? bound : std::numeric_limits<float>::quiet_NaN();
-    out[2 * kSearchPanel + j] = weight * height[j] * up;
-    out[3 * kSearchPanel + j] = metric == kEuclidean && bounded ? -0.5f * norm[j] * norm[j] * (1 - round) : 0.0f;
+    const float weight = metric != kCosine ? norm[j] : norm[j] < eps ? norm[j] / eps : 1.0f;
+    // A dozen roundings of sums that are at most this large.
+    const float rounding = 0x1p-20f * (1 + 3 * (height[j] + residual[j]));
+    row(out, kSearchScale)[j] = row(packed, kSearchScale)[j] * weight;
+    row(out, kSearchResidual)[j] = bounded ? weight * residual[j] * up : nan;
+    row(out, kSearchHeight)[j] = weight * height[j] * up;
+    row(out, kSearchNorm)[j] = weight;
+    row(out, kSearchTilt)[j] = weight * (row(packed, kSearchTilt)[j] + rounding + slack);
+    row(out, kSearchSquare)[j] = metric == kEuclidean && bounded ? -0.5f * norm[j] * norm[j] * (1 - 0x1p-20f) : 0.0f;
   }
 }
 
 // A query as the passes see it: divisor * unit, its scores being `unit_score` times those of the unit.
 struct SearchQuery {
-  double norm, divisor, unit_score;
+  double norm, divisor, unit_score, center;
   float length;  // of the unit, rounded up; NaN: no bounds
   SearchCodes codes;
   int level = 0;
   int64_t climbed_until = 0, patience = 64;  // steps
   bool fell_back = false;
 
-  SearchQuery(const float* row, int64_t dim, int64_t metric, const SearchKernels& kernel) : codes() {
+  SearchQuery(const float* row, int64_t dim, int64_t metric, const SearchKernels& kernel) : center(0), codes() {
     norm = kernel.norm(row, dim);
     divisor = unit_score = norm > 0 ? norm : 1;
     if (metric == kCosine) unit_score = norm > 0 && norm < kSearchEps ? norm / kSearchEps : 1;
@@ -105,7 +108,9 @@ class SearchScanner {
       const float* row = queries.data + i * queries.stride;
       SearchQuery q(row, queries.dim, corpus.metric, kernel_);
       if (corpus.codes != nullptr && q.length == q.length) {
-        q.codes = kernel_.quantize(row, queries.dim, q.divisor, 1e-6, &codes_[i * words_]);
+        q.codes = kernel_.quantize(row, queries.dim, q.divisor, q.norm > 0 ? corpus.center : nullptr, 1e-6,
+                                   &codes_[i * words_]);
+        q.center = kernel_.product(row, corpus.center, queries.dim) / q.divisor;
       }
       q.level = base_;
       queries_.push_back(q);
@@ -162,22 +167,26 @@ class SearchScanner {
     const int64_t words = level == kCodes ? words_ : rows_.dim;
     packed_.resize(count * words);
     start_.resize(count);
-    for (auto* values : {&length_, &error_, &shift_, &limit_}) values->resize(count);
+    for (auto* values : {&length_, &error_, &center_, &tilt_, &square_, &limit_}) values->resize(count);
     for (int64_t n = 0; n < count; ++n) {
       const SearchQuery& q = queries_[list[n]];
       uint32_t* to = &packed_[n * words];
-      double scale = 1;
+      double scale = 1, length = q.length;
       if (level == kCodes) {
         std::copy_n(&codes_[list[n] * words_], words_, to);
         scale = q.codes.scale > 0 ? q.codes.scale : 1;
+        if (length == length) length = (q.codes.height + q.codes.residual) * (1 + 0x1p-20);
         error_[n] = static_cast<float>(q.codes.residual / scale * (1 + 0x1p-20));
+        center_[n] = static_cast<float>(q.center / scale);
         start_[n] = -128 * q.codes.sum;
       } else {
         kernel_.unit(rows_.data + list[n] * rows_.stride, rows_.dim, q.divisor, reinterpret_cast<float*>(to));
         error_[n] = 0;
+        center_[n] = 0;
       }
-      length_[n] = static_cast<float>(q.length / scale);
-      shift_[n] = static_cast<float>(1 / (q.unit_score * scale));
+      length_[n] = static_cast<float>(length / scale);
+      tilt_[n] = q.norm > 0 ? static_cast<float>(1 / scale * (1 + 0x1p-20)) : 0.0f;
+      square_[n] = static_cast<float>(1 / (q.unit_score * scale));
     }
     renew_limits(level, list);
   }
@@ -193,7 +202,7 @@ class SearchScanner {
   void pass(Level level, const std::vector<uint32_t>& list, int64_t begin, int64_t end) {
     gather(level, list);
     const auto count = static_cast<int64_t>(list.size());
-    float factors[kSearchFactors * kSearchPanel];
+    float factors[kSearchPassFactors * kSearchPanel];
     SearchScan p = {};
     p.words = level == kCodes ? words_ : rows_.dim;
     p.factors = factors;
@@ -216,7 +225,9 @@ class SearchScanner {
         p.start = start_.data() + first;
         p.norm = length_.data() + first;
         p.error = error_.data() + first;
-        p.shift = corpus_.metric == kEuclidean ? shift_.data() + first : nullptr;
+        p.center = center_.data() + first;
+        p.tilt = tilt_.data() + first;
+        p.square = corpus_.metric == kEuclidean ? square_.data() + first : nullptr;
         p.limit = limit_.data() + first;
         p.number = list.data() + first;
         found += (level == kCodes ? kernel_.scan_codes : kernel_.scan_floats)(p, hits_.get() + found);
@@ -241,7 +252,7 @@ class SearchScanner {
       const float* x = corpus_.rows.data + (row + j) * corpus_.rows.stride;
       const double norm = kernel_.norm(x, dim);
       plain[j] = 1;
-      plain[3 * kSearchPanel + j] = static_cast<float>(norm);
+      plain[kSearchNorm * kSearchPanel + j] = static_cast<float>(norm);
       kernel_.unit(x, dim, norm > 0 && norm <= std::numeric_limits<double>::max() ? norm : 1, &units_[j * dim]);
     }
     kernel_.panel(reinterpret_cast<const uint32_t*>(units_.data()), end - row, dim, 0, panel_.data());
@@ -328,7 +339,7 @@ class SearchScanner {
   std::vector<uint32_t> packed_, panel_;
   std::vector<float> units_;
   std::vector<int32_t> start_;
-  std::vector<float> length_, error_, shift_, limit_;
+  std::vector<float> length_, error_, center_, tilt_, square_, limit_;
   SearchStatistics statistics_;
 };
 

@@ -17,22 +17,24 @@ PRECISIONS = ("int8", "fp32")
 MOST_ROWS = 2**31 - 1
 MOST_INT8_DIMENSIONS = 32768  # whose sums of products of codes are an int32
 
-_INPUTS = "Tensor queries, Tensor corpus, Tensor? codes, Tensor? factors"
+_INPUTS = "Tensor queries, Tensor corpus, Tensor? codes, Tensor? factors, Tensor? center"
 
 
 class Packed(NamedTuple):
     """The rows of a corpus as int8 codes, for the first pass of a search.
 
-    Row j = 64 * p + r is norm * (scale * code + residual), its codes being those of the unit row.
+    Row j = 64 * p + r is norm * (center + scale * codes + residual); codes are 0 where the norm is 0 or not finite.
 
     codes: uint8 [P, G, 64, 4], P = ceil(N / 64), G = ceil(D / 4). codes[p, g, r, i] is the code of dimension
         4 * g + i, plus 128; 128 in places beyond N and D.
-    factors: float32 [P, 4, 64]: per row the scale, the norm of the residual, the norm of scale * code and the norm of
-        the row itself; the second and third are rounded up. 0 beyond N.
+    factors: float32 [P, 5, 64]: per row the scale; the norms, rounded up, of the residual and of scale * codes; the
+        norm of the row itself; the product of center and what the unit row is off center. 0 beyond N.
+    center: float32 [D], near the mean of the rows divided by their norms.
     """
 
     codes: Tensor
     factors: Tensor
+    center: Tensor
 
 
 class Statistics(NamedTuple):
@@ -68,30 +70,36 @@ def _pack_fake(rows):
     panels = (rows.shape[0] + definition.SEARCH_PANEL - 1) // definition.SEARCH_PANEL
     groups = (rows.shape[1] + definition.SEARCH_GROUP - 1) // definition.SEARCH_GROUP
     codes = rows.new_empty((panels, groups, definition.SEARCH_PANEL, definition.SEARCH_GROUP), dtype=torch.uint8)
-    return codes, rows.new_empty((panels, 4, definition.SEARCH_PANEL))
+    return (
+        codes,
+        rows.new_empty((panels, definition.SEARCH_FACTORS, definition.SEARCH_PANEL)),
+        rows.new_empty(rows.shape[1]),
+    )
 
 
 def _statistics_fake(queries):
     return queries.new_empty(4, dtype=torch.int64)
 
 
-def _topk_fake(queries, corpus, codes, factors, k, metric, lowest, highest, excluded_offsets, excluded):
+def _topk_fake(queries, corpus, codes, factors, center, k, metric, lowest, highest, excluded_offsets, excluded):
     scores = queries.new_empty((queries.shape[0], k))
     return scores, torch.empty_like(scores, dtype=torch.int64), _statistics_fake(queries)
 
 
-def _pairs_fake(queries, corpus, codes, factors, lowest, metric, first):
+def _pairs_fake(queries, corpus, codes, factors, center, lowest, metric, first):
     size = torch.library.get_ctx().new_dynamic_size()
     ids = queries.new_empty(size, dtype=torch.int64)
     offsets = queries.new_empty(queries.shape[0] + 1, dtype=torch.int64)
     return offsets, ids, queries.new_empty(size), _statistics_fake(queries)
 
 
-def _count_fake(queries, corpus, codes, factors, lowest, metric):
+def _count_fake(queries, corpus, codes, factors, center, lowest, metric):
     return queries.new_empty(queries.shape[0], dtype=torch.int64), _statistics_fake(queries)
 
 
-_pack = define("search_pack(Tensor rows) -> (Tensor, Tensor)", reference=definition.search_pack, fake=_pack_fake)
+_pack = define(
+    "search_pack(Tensor rows) -> (Tensor, Tensor, Tensor)", reference=definition.search_pack, fake=_pack_fake
+)
 _topk = define(
     f"search_topk({_INPUTS}, int k, int metric, Tensor? lowest, Tensor? highest,"
     " Tensor? excluded_offsets, Tensor? excluded) -> (Tensor, Tensor, Tensor)",
@@ -185,6 +193,10 @@ def _check_excluded(
     return offsets.contiguous(), ids.contiguous()
 
 
+def _parts(packed: Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if packed is None else tuple(packed)
+
+
 def _statistics(values: Tensor) -> Statistics:
     return Statistics(*values.tolist())
 
@@ -252,10 +264,9 @@ def topk(
     queries, corpus, packed = _check_inputs(queries, corpus, packed)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= corpus.shape[0]:
         raise ValueError(f"k: expected an integer from 1 to {corpus.shape[0]} (the rows of corpus), got {k}")
-    codes, factors = packed or (None, None)
     limits = _per_query("threshold", threshold, queries), _per_query("highest", highest, queries)
     left_out = _check_excluded(excluded, queries, corpus)
-    scores, ids, statistics = _topk(queries, corpus, codes, factors, k, _check_metric(metric), *limits, *left_out)
+    scores, ids, statistics = _topk(queries, corpus, *_parts(packed), k, _check_metric(metric), *limits, *left_out)
     return TopK(scores, ids, _statistics(statistics))
 
 
@@ -284,10 +295,9 @@ def pairs_above(
     if first is not None and not 0 <= first <= corpus.shape[0] - queries.shape[0]:
         last = corpus.shape[0] - queries.shape[0]
         raise ValueError(f"first: expected 0 to {last} (the rows of corpus less those of queries), got {first}")
-    codes, factors = packed or (None, None)
     lowest = _per_query("threshold", threshold, queries)
     arguments = lowest, _check_metric(metric), -1 if first is None else first
-    offsets, ids, scores, statistics = _pairs(queries, corpus, codes, factors, *arguments)
+    offsets, ids, scores, statistics = _pairs(queries, corpus, *_parts(packed), *arguments)
     return Pairs(offsets, ids, scores, _statistics(statistics))
 
 
@@ -304,7 +314,6 @@ def count_above(
     Args, errors: as of :func:`pairs_above`. Returns: :class:`Counts`. Gradients: none.
     """
     queries, corpus, packed = _check_inputs(queries, corpus, packed)
-    codes, factors = packed or (None, None)
     lowest = _per_query("threshold", threshold, queries)
-    counts, statistics = _count(queries, corpus, codes, factors, lowest, _check_metric(metric))
+    counts, statistics = _count(queries, corpus, *_parts(packed), lowest, _check_metric(metric))
     return Counts(counts, _statistics(statistics))

@@ -11,10 +11,12 @@ from sentfast.reference.similarity import COSINE, DOT, NORMALIZE_EPS
 
 SEARCH_PANEL = 64  # rows of the corpus that are packed together
 SEARCH_GROUP = 4  # codes of a row that lie together
+SEARCH_FACTORS = 5  # numbers per row
 
 _LOWEST = -1e300  # stands for a score of -inf, which is above a missing one
 _BLOCK_SCORES = 1 << 21
 _BLOCK_VALUES = 1 << 21
+_CENTER_ROWS = 4096
 
 
 def exact_scores(queries: Tensor, rows: Tensor, metric: int) -> Tensor:
@@ -29,12 +31,16 @@ def exact_scores(queries: Tensor, rows: Tensor, metric: int) -> Tensor:
     return -torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").float()
 
 
-def search_pack(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [P, G, 64, 4] and factors float32 [P, 4, 64] of rows [N, D]; see ``sentfast.ops.search.pack``."""
+def search_pack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [P, G, 64, 4], factors float32 [P, 5, 64], center float32 [D]; see ``ops.search.Packed``."""
     count, dim = rows.shape
     panels, groups = -(-count // SEARCH_PANEL), -(-dim // SEARCH_GROUP)
     codes = torch.full((panels, groups, SEARCH_PANEL, SEARCH_GROUP), 128, dtype=torch.uint8, device=rows.device)
-    factors = torch.zeros((panels, 4, SEARCH_PANEL), dtype=torch.float32, device=rows.device)
+    factors = torch.zeros((panels, SEARCH_FACTORS, SEARCH_PANEL), dtype=torch.float32, device=rows.device)
+    center = _unit(rows[:: max(1, count // _CENTER_ROWS)].double())[0]
+    center = center[center.abs().sum(dim=1) > 0]
+    center = (center.mean(dim=0) if len(center) else rows.new_zeros(dim, dtype=torch.float64)).float()
+    shift = torch.nn.functional.pad(center.double(), (0, groups * SEARCH_GROUP - dim))
     step = max(1, _BLOCK_VALUES // max(1, dim * SEARCH_PANEL))
     for first in range(0, panels, step):
         block = slice(first, min(first + step, panels))
@@ -42,17 +48,23 @@ def search_pack(rows: Tensor) -> tuple[Tensor, Tensor]:
         number = part.shape[0]
         padded = part.new_zeros(((block.stop - first) * SEARCH_PANEL, groups * SEARCH_GROUP))
         padded[:number, :dim] = part
-        signed, values = _quantize(padded)
+        signed, values = _quantize(padded, shift)
         shape = (block.stop - first, SEARCH_PANEL, groups, SEARCH_GROUP)
         codes[block] = (signed + 128).to(torch.uint8).view(shape).transpose(1, 2)
-        factors[block] = values.view(4, block.stop - first, SEARCH_PANEL).transpose(0, 1)
-    return codes, factors
+        factors[block] = values.view(SEARCH_FACTORS, block.stop - first, SEARCH_PANEL).transpose(0, 1)
+    return codes, factors, center
 
 
-def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -127 to 127 of the unit rows, and scale, residual norm, norm of the quantised unit row, norm [4, N]."""
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norms, 0 where that is 0 or not finite, and the norms."""
     norm = torch.linalg.vector_norm(rows, dim=-1)
-    unit = torch.where((norm > 0).unsqueeze(-1), rows / norm.unsqueeze(-1), 0).nan_to_num(0, 0, 0)
+    return torch.where(((norm > 0) & norm.isfinite()).unsqueeze(-1), rows / norm.unsqueeze(-1), 0), norm
+
+
+def _quantize(rows: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the unit rows less the center, and the factors [5, N]."""
+    unit, norm = _unit(rows)
+    unit = torch.where((unit != 0).any(dim=-1, keepdim=True), unit - center, 0)
     scale = (unit.abs().amax(dim=-1) / 127).float()
     wide = scale.double().unsqueeze(-1)
     signed = torch.where(wide > 0, (unit / wide).round(), 0).clamp(-127, 127)
@@ -61,7 +73,9 @@ def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     height = torch.linalg.vector_norm(quantised, dim=-1)
     # Rounded up, so that what is computed with them stays a bound.
     up = 1 + 2.0**-20
-    return signed, torch.stack([scale, (residual * up).float(), (height * up).float(), norm.float()])
+    return signed, torch.stack(
+        [scale, (residual * up).float(), (height * up).float(), norm.float(), (unit @ center).float()]
+    )
 
 
 def _excluded_mask(offsets: Tensor, ids: Tensor, queries: slice, rows: slice, shape: tuple[int, int]) -> Tensor:
@@ -94,6 +108,7 @@ def search_topk(
     corpus: Tensor,
     codes: Tensor | None,
     factors: Tensor | None,
+    center: Tensor | None,
     k: int,
     metric: int,
     lowest: Tensor | None,
@@ -134,6 +149,7 @@ def search_pairs(
     corpus: Tensor,
     codes: Tensor | None,
     factors: Tensor | None,
+    center: Tensor | None,
     lowest: Tensor,
     metric: int,
     first: int,
@@ -171,7 +187,13 @@ def _no_pairs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def search_count(
-    queries: Tensor, corpus: Tensor, codes: Tensor | None, factors: Tensor | None, lowest: Tensor, metric: int
+    queries: Tensor,
+    corpus: Tensor,
+    codes: Tensor | None,
+    factors: Tensor | None,
+    center: Tensor | None,
+    lowest: Tensor,
+    metric: int,
 ) -> tuple[Tensor, Tensor]:
     """The number of pairs of each query with a score of at least lowest [Q]: counts [Q], statistics [4]."""
     counts = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
