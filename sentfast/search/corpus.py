@@ -40,7 +40,7 @@ class Corpus:
         self._file: files.File | None = None
         rows = arguments.rows("embeddings", embeddings)
         self._ids: list[Any] | None = None if ids is None else arguments.names(ids, len(rows))
-        self.segments: list[Segment] = [Segment(rows, ops.pack(rows, self.precision), 0)]
+        self.segments: list[Segment] = [segments.segment(rows, ops.pack(rows, self.precision))]
 
     @classmethod
     def for_one_search(cls, rows: Tensor, queries: int) -> Corpus:
@@ -95,7 +95,7 @@ class Corpus:
             together.insert(0, kept.pop().rows)
         rows = torch.cat(together) if len(together) > 1 else rows
         first = kept[-1].first + len(kept[-1].rows) if kept else 0
-        kept.append(Segment(rows, ops.pack(rows, self.precision), first))
+        kept.append(segments.segment(rows, ops.pack(rows, self.precision), first))
         self.segments = kept
         if self._ids is not None:
             self._ids = [*self._ids, *new]
@@ -173,7 +173,7 @@ class Corpus:
         for number, segment in enumerate(self.segments):
             tensors[f"rows.{number}"] = segment.rows
             if segment.packed is not None:
-                tensors[f"codes.{number}"], tensors[f"factors.{number}"] = segment.packed
+                tensors.update({f"{name}.{number}": part for name, part in segment.packed._asdict().items()})
         tensors.update(_names_to_tensors(self._ids))
         about = {"precision": self.precision, "metric": self.metric, "segments": str(len(self.segments))}
         files.write(path, tensors, about)
@@ -215,11 +215,11 @@ def _segments(file: files.File, precision: str) -> list[Segment]:
             raise ValueError("rows of different lengths")
         packed = None
         if precision != "fp32":
-            packed = ops.Packed(file.tensors[f"codes.{number}"], file.tensors[f"factors.{number}"])
+            packed = ops.Packed(*(file.tensors[f"{name}.{number}"] for name in ops.Packed._fields))
             expected = ops._pack_fake(rows.to("meta"))
             if [(x.shape, x.dtype) for x in packed] != [(x.shape, x.dtype) for x in expected]:
                 raise ValueError("packed rows of another shape than the rows")
-        found.append(Segment(rows, packed, first))
+        found.append(segments.segment(rows, packed, first))
         first += len(rows)
     if not found:
         raise ValueError("no rows")

@@ -20,22 +20,26 @@ Excluded = tuple[Tensor, Tensor]
 
 
 class Segment(NamedTuple):
-    """Rows of a corpus that are packed together. Their numbers in the corpus begin at `first`."""
+    """Rows of a corpus that are packed together.
+
+    first: number of the first of them in the corpus.
+    bound: largest distance of a packed row from the row itself, which has length 1; 0 for rows that are not packed.
+    """
 
     rows: Tensor
     packed: ops.Packed | None
     first: int
+    bound: float
 
-    @property
-    def bound(self) -> float:
-        """Largest residual norm of a packed row, the row having length 1."""
-        return 0.0 if self.packed is None else float(self.packed.factors[:, 1].max())
+
+def segment(rows: Tensor, packed: ops.Packed | None, first: int = 0) -> Segment:
+    return Segment(rows, packed, first, 0.0 if packed is None else float(packed.factors[:, 1].max()))
 
 
 def for_one_search(rows: Tensor, queries: int) -> Segment:
     """Rows that are searched once: packed if that takes less time than it saves."""
     many = queries >= _WORTH_PACKING and queries * rows.numel() >= _SMALL
-    return Segment(rows, ops.pack(rows) if many and rows.shape[1] <= ops.MOST_INT8_DIMENSIONS else None, 0)
+    return segment(rows, ops.pack(rows) if many and rows.shape[1] <= ops.MOST_INT8_DIMENSIONS else None)
 
 
 def slices(queries: int, rows: int, columns: int, progress: str = "") -> Iterator[slice]:
@@ -81,19 +85,19 @@ def topk(
     stats = Stats()
     for part in slices(len(queries), _rows(segments), queries.shape[1], progress):
         found: tuple[Tensor, Tensor] | None = None
-        for segment in segments:
+        for one in segments:
             result = ops.topk(
                 queries[part],
-                segment.rows,
-                segment.packed,
-                k=min(k, len(segment.rows)),
+                one.rows,
+                one.packed,
+                k=min(k, len(one.rows)),
                 metric=metric,
                 threshold=_lowest(threshold, part, found, k),
                 highest=None if highest is None else highest[part],
-                excluded=None if excluded is None else _excluded(excluded, part, segment),
+                excluded=None if excluded is None else _excluded(excluded, part, one),
             )
-            stats += Stats.of(result.statistics, segment.bound)
-            ids = torch.where(result.ids >= 0, result.ids + segment.first, -1)
+            stats += Stats.of(result.statistics, one.bound)
+            ids = torch.where(result.ids >= 0, result.ids + one.first, -1)
             found = (result.scores, ids) if found is None else _merged(found, (result.scores, ids), k)
         assert found is not None
         scores[part], numbers[part] = found
@@ -105,7 +109,7 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) ->
 
 
 def _rows(segments: list[Segment]) -> int:
-    return sum(len(segment.rows) for segment in segments)
+    return sum(len(one.rows) for one in segments)
 
 
 def _lowest(
@@ -143,19 +147,19 @@ def pairs_above(
     """
     counts = torch.zeros(len(queries), dtype=torch.int64)
     which, rows, scores, stats = [], [], [], Stats()
-    for segment in segments:
+    for one in segments:
         own = None
         if first is not None:
-            own = first - segment.first
-            if own >= len(segment.rows):
+            own = first - one.first
+            if own >= len(one.rows):
                 continue
             own = own if own >= 0 else None
-        found = ops.pairs_above(queries, segment.rows, segment.packed, threshold=threshold, metric=metric, first=own)
-        stats += Stats.of(found.statistics, segment.bound)
+        found = ops.pairs_above(queries, one.rows, one.packed, threshold=threshold, metric=metric, first=own)
+        stats += Stats.of(found.statistics, one.bound)
         lengths = found.offsets.diff()
         counts += lengths
         which.append(torch.repeat_interleave(torch.arange(len(queries)), lengths))
-        rows.append(found.ids + segment.first)
+        rows.append(found.ids + one.first)
         scores.append(found.scores)
     if len(which) == 1:
         return counts, rows[0], scores[0], stats
@@ -170,8 +174,8 @@ def count_above(
     counts, stats = torch.zeros(len(queries), dtype=torch.int64), Stats()
     for part in slices(len(queries), _rows(segments), queries.shape[1], progress):
         limit = threshold[part] if isinstance(threshold, Tensor) else threshold
-        for segment in segments:
-            found = ops.count_above(queries[part], segment.rows, segment.packed, threshold=limit, metric=metric)
+        for one in segments:
+            found = ops.count_above(queries[part], one.rows, one.packed, threshold=limit, metric=metric)
             counts[part] += found.counts
-            stats += Stats.of(found.statistics, segment.bound)
+            stats += Stats.of(found.statistics, one.bound)
     return counts, stats
