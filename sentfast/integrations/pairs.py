@@ -84,4 +84,4 @@ class BestPairs:
             _, first = np.unique(low * (high.max() + 1) + high, return_index=True)
             first.sort()
             scores, low, high = scores[first], low[first], high[first]
-        return [[score, i, j] for score, i, j in zip(scores.tolist(), low.tolist(), high.tolist(), strict=True)]
+        return list(map(list, zip(scores.tolist(), low.tolist(), high.tolist(), strict=True)))

@@ -84,7 +84,7 @@ def _likely_limit(chunks: list[Segment], rows: Tensor, max_pairs: int, top_k: in
     scores, _, _ = segments.topk(chunks, rows[sample], k, metric, excluded=own)
     # Each pair may stand in two rows.
     place = int(2 * _MARGIN * max_pairs / len(rows) * _SAMPLE)
-    return float(scores.flatten().sort(descending=True).values[place]) if place < scores.numel() // 2 else -math.inf
+    return float(scores.flatten().sort(descending=True).values[place]) if place < 0.9 * scores.numel() else -math.inf
 
 
 def _mine(pairs: BestPairs, segment: Segment, rows: Tensor, top_k: int, metric: str) -> bool:
