@@ -72,10 +72,11 @@ struct SearchQuery {
     if (metric == kEuclidean) divisor = unit_score = std::max(norm, 1e-10);
     const double most = metric == kCosine ? std::numeric_limits<float>::max() : metric == kDot ? 1e30 : 1e15;
     length = norm <= most ? static_cast<float>(norm / divisor * (1 + 0x1p-20)) : std::nanf("");
-    if (!(norm <= most)) divisor = 1;
+    if (!(norm <= most)) divisor = unit_score = 1;
   }
   // What a bound, in units of the query, must exceed for the exact score to exceed `score`.
   double limit(int64_t metric, float score) const {
+    if (length != length) return -std::numeric_limits<double>::infinity();
     if (metric != kEuclidean || score == -std::numeric_limits<float>::infinity()) return score / unit_score;
     const double distance = score < 0 ? -static_cast<double>(score) : 0;
     const double square = norm * norm, other = distance * distance;
