@@ -162,9 +162,8 @@ def metric_of(function: Any) -> str:
     model = getattr(function, "__self__", None)
     if model is not None and getattr(function, "__name__", "") == "similarity":
         return _metric_of_model(model, function)
-    module = importlib.import_module(_SIMILARITY)
-    names = (name for name in _METRICS if function is getattr(module, name, None))
-    return _METRICS.get(next(names, ""), "")
+    functions = vars(importlib.import_module(_SIMILARITY))
+    return next((metric for name, metric in _METRICS.items() if function is functions.get(name)), "")
 
 
 def _metric_of_model(model: Any, function: Any) -> str:

@@ -17,6 +17,7 @@ _WORTH_PACKING = 128  # queries from which on packing rows for one search pays
 _SMALL = 1 << 22  # products of a search too small for that
 
 Excluded = tuple[Tensor, Tensor]
+Found = tuple[Tensor, Tensor]
 
 
 class Segment(NamedTuple):
@@ -81,30 +82,50 @@ def topk(
     progress: str = "",
 ) -> tuple[Tensor, Tensor, Stats]:
     """The k best rows of all segments: scores [Q, k], their numbers [Q, k], and what the search did."""
+    limits = threshold, highest, excluded
+    if len(segments) == 1 and len(queries) <= _LEAST_QUERIES and not progress:  # one call, in the fewest steps
+        found, stats = _one(segments[0], queries, slice(0, len(queries)), k, metric, *limits)
+        return *found, stats
     scores, numbers = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
     stats = Stats()
     for part in slices(len(queries), _rows(segments), queries.shape[1], progress):
-        found: tuple[Tensor, Tensor] | None = None
+        best_yet: Found | None = None
         for one in segments:
-            result = ops.topk(
-                queries[part],
-                one.rows,
-                one.packed,
-                k=min(k, len(one.rows)),
-                metric=metric,
-                threshold=_lowest(threshold, part, found, k),
-                highest=None if highest is None else highest[part],
-                excluded=None if excluded is None else _excluded(excluded, part, one),
-            )
-            stats += Stats.of(result.statistics, one.bound)
-            ids = torch.where(result.ids >= 0, result.ids + one.first, -1)
-            found = (result.scores, ids) if found is None else _merged(found, (result.scores, ids), k)
-        assert found is not None
-        scores[part], numbers[part] = found
+            lowest = _lowest(threshold, part, best_yet, k)
+            found, more = _one(one, queries[part], part, k, metric, lowest, highest, excluded)
+            best_yet = found if best_yet is None else _merged(best_yet, found, k)
+            stats += more
+        assert best_yet is not None
+        scores[part], numbers[part] = best_yet
     return scores, numbers, stats
 
 
-def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+def _one(
+    one: Segment,
+    queries: Tensor,
+    part: slice,
+    k: int,
+    metric: str,
+    lowest: float | Tensor | None,
+    highest: Tensor | None,
+    excluded: Excluded | None,
+) -> tuple[Found, Stats]:
+    """The best rows of one segment for some of the queries."""
+    result = ops.topk(
+        queries,
+        one.rows,
+        one.packed,
+        k=min(k, len(one.rows)),
+        metric=metric,
+        threshold=lowest,
+        highest=None if highest is None else highest[part],
+        excluded=None if excluded is None else _excluded(excluded, part, one),
+    )
+    ids = torch.where(result.ids >= 0, result.ids + one.first, -1) if one.first else result.ids
+    return (result.scores, ids), Stats.of(result.statistics, one.bound)
+
+
+def _merged(one: Found, other: Found, k: int) -> Found:
     return best(torch.cat([one[0], other[0]], dim=1), torch.cat([one[1], other[1]], dim=1), k)
 
 
@@ -112,9 +133,7 @@ def _rows(segments: list[Segment]) -> int:
     return sum(len(one.rows) for one in segments)
 
 
-def _lowest(
-    threshold: float | Tensor | None, part: slice, found: tuple[Tensor, Tensor] | None, k: int
-) -> float | Tensor | None:
+def _lowest(threshold: float | Tensor | None, part: slice, found: Found | None, k: int) -> float | Tensor | None:
     """A later segment's rows have to reach the k-th score so far, too."""
     given = threshold[part] if isinstance(threshold, Tensor) else threshold
     if found is None or found[0].shape[1] < k:
