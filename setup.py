@@ -28,8 +28,15 @@ TORCH_TARGET = (2, 10)  # the oldest PyTorch whose stable ABI the libraries need
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # GCC 12 warns about its own intrinsics headers (GCC bug 105593).
-_QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"
-TIERS = {"scalar": "-O2", "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
+# Vectors wider than a tier has are only passed to inline functions, so their ABI does not matter.
+_QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi"
+TIERS = {
+    "scalar": "-O2",
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_vnni": f"{_AVX512} -mavx512vnni",
+    "avx512_bf16": f"{_AVX512} -mavx512bf16",
+}
 
 
 def _nvcc() -> str | None:
@@ -123,6 +130,7 @@ class BuildLibraries(build_ext):
             "cpu/layers": self.torch_flags,
             "cpu/product": self.torch_flags,
             "cpu/losses": self.torch_flags,
+            "cpu/search": self.torch_flags,
             "module": python,
         }
         objects = [

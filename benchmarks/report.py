@@ -5,8 +5,8 @@ python benchmarks/report.py [--check]
 A block is everything between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; `<!-- table:NAME MACHINE -->` takes
 one result file only. NAME is a table of the workloads (pooling, similarity, overhead, model) or of the encoder's
 studies (encoder, encoder_latency, encoder_gemm, encoder_memory, encoder_startup, encoder_quality, encoder_share) or of
-those of training (training, training_memory, training_curve, loss), `limits` for what the machine can do at most, or
-`targets` for what was promised and whether it was met.
+those of training (training, training_memory, training_curve, loss), `search`, `limits` for what the machine can do
+at most, or `targets` for what was promised and whether it was met.
 --check writes nothing and fails if a block is out of date.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import encoder_report
+import search
 import training_report
 from words import duration, markdown, rate, three_digits, times
 
@@ -32,7 +33,7 @@ OURS, STOCK, DROP_IN = "sentfast", "stock", "drop-in"
 _BLOCK = re.compile(r"(^<!-- table:(\w+)(?: ([\w-]+))? -->\n)(.*?)(^<!-- /table:(\w+) -->$)", re.DOTALL | re.MULTILINE)
 _OPENING = re.compile(r"^<!-- table:", re.MULTILINE)
 _NOTHING = "Not measured yet.\n"
-_STUDIES = {**encoder_report.TABLES, **training_report.TABLES}
+_STUDIES = {**encoder_report.TABLES, **training_report.TABLES, search.TABLE: search.table}
 
 Result = dict[str, Any]
 

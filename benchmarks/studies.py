@@ -14,6 +14,7 @@ import gemm
 import latency
 import loss
 import quality
+import search
 import share
 import startup
 import training
@@ -58,6 +59,7 @@ STUDIES = (
     Study("training_memory", training_memory, (training_memory.TABLE,), ("minilm",), ("tiny",)),
     Study("training_curve", training_curve, (training_curve.TABLE,), ("tiny",), ("tiny",)),
     Study("loss", loss, (loss.TABLE,), quick=("any",)),
+    Study("search", search, (search.TABLE,), quick=("any",)),
 )
 TABLES = tuple(dict.fromkeys(table for study in STUDIES for table in study.tables))
 

@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from sentfast import functional
+    from sentfast import functional, search
     from sentfast.native import cpu_isa, supported_cpu_isas
     from sentfast.registry import BackendError, use_backend
 
@@ -37,6 +37,7 @@ __all__ = [
     "precision_of",
     "report",
     "restore",
+    "search",
     "supported_cpu_isas",
     "use_backend",
 ]
@@ -48,6 +49,7 @@ _LAZY = {
     "supported_cpu_isas": ("sentfast.native", "supported_cpu_isas"),
     "BackendError": ("sentfast.registry", "BackendError"),
     "use_backend": ("sentfast.registry", "use_backend"),
+    "search": ("sentfast.search", ""),
 }
 
 

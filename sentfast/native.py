@@ -139,7 +139,7 @@ def load_triton() -> None:
 def cpu_isa(name: str | None = None) -> str:
     """The instruction set of the compiled CPU kernels: reads it, or sets it for the process.
 
-    name: "scalar", "avx2", "avx512" or "avx512_bf16"; asking for one that this CPU lacks is a ValueError.
+    name: "scalar", "avx2", "avx512", "avx512_vnni" or "avx512_bf16"; one that this CPU lacks is a ValueError.
     ``SENTFAST_CPU_ISA`` sets it at start.
     """
     if state.cpu is None:

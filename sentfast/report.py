@@ -43,6 +43,7 @@ REASONS = {
     "SF125": "configuration that the encoder does not cover",
     "SF126": "ids, positions or length outside the model's tables",
     "SF127": "torch.compile",
+    "SF128": "scores that are NaN",
 }
 
 

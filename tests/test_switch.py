@@ -31,6 +31,10 @@ FUNCTIONS = (
     "pairwise_manhattan_sim",
     "pairwise_angle_sim",
     "normalize_embeddings",
+    "semantic_search",
+    "paraphrase_mining_embeddings",
+    "community_detection",
+    "mine_hard_negatives",
 )
 METHODS = ["Transformer.forward", "Pooling.forward", "Normalize.forward", "start_multi_process_pool"]
 if tuple(map(int, __version__.split(".")[:2])) >= (6, 2):
@@ -46,6 +50,9 @@ STEPS = {
 if tuple(map(int, __version__.split(".")[:2])) < (5, 3):
     STEPS["MultipleNegativesSymmetricRankingLoss"] = "compute_loss_from_embeddings"
     STEPS["CachedMultipleNegativesSymmetricRankingLoss"] = "calculate_loss"
+METHODS += ["InformationRetrievalEvaluator.compute_metrices"]
+if tuple(map(int, __version__.split(".")[:2])) >= (5, 4):
+    METHODS += ["InformationRetrievalEvaluator.compute_all_metrics"]
 METHODS += [f"{name}.{step}" for name, step in STEPS.items()]
 COUNT = len(FUNCTIONS) + len(METHODS)
 

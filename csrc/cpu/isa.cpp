@@ -17,6 +17,9 @@ const Kernels& table();
 namespace avx512 {
 const Kernels& table();
 }
+namespace avx512_vnni {
+const Kernels& table();
+}
 namespace avx512_bf16 {
 const Kernels& table();
 }
@@ -24,7 +27,7 @@ const Kernels& table();
 
 namespace {
 
-constexpr const char* kNames[kIsas] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[kIsas] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 bool has(Isa isa) {
 #if defined(__x86_64__)
@@ -33,6 +36,7 @@ bool has(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   switch (isa) {
     case Isa::Scalar:
       return true;
@@ -40,18 +44,21 @@ bool has(Isa isa) {
       return avx2;
     case Isa::Avx512:
       return avx512;
+    case Isa::Avx512Vnni:
+      return vnni;
     case Isa::Avx512Bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      return vnni && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::Scalar;
 }
 
 Isa best() {
-  // Intel's bf16 dot product outside AMX is slower than its float32 multiply-add, so there avx512 is the best tier.
+  // Intel's bf16 dot product outside AMX is slower than its float32 multiply-add, so there avx512_vnni is the best
+  // tier.
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const int top = __builtin_cpu_is("intel") ? static_cast<int>(Isa::Avx512) : kIsas - 1;
+  const int top = __builtin_cpu_is("intel") ? static_cast<int>(Isa::Avx512Vnni) : kIsas - 1;
 #else
   const int top = 0;
 #endif
@@ -68,7 +75,7 @@ Isa parse(const std::string& name) {
     throw std::invalid_argument("cpu_isa: this CPU does not support " + name + "; the best it has is " +
                                 kNames[static_cast<int>(best())]);
   }
-  throw std::invalid_argument("cpu_isa: expected scalar, avx2, avx512 or avx512_bf16, got " + name);
+  throw std::invalid_argument("cpu_isa: expected scalar, avx2, avx512, avx512_vnni or avx512_bf16, got " + name);
 }
 
 std::atomic<int>& current() {
@@ -96,6 +103,8 @@ const Kernels& kernels_of(Isa isa) {
       return avx2::table();
     case Isa::Avx512:
       return avx512::table();
+    case Isa::Avx512Vnni:
+      return avx512_vnni::table();
     case Isa::Avx512Bf16:
       return avx512_bf16::table();
 #endif

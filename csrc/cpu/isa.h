@@ -5,8 +5,8 @@
 
 namespace sentfast::cpu {
 
-enum class Isa : int { Scalar = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3 };
-constexpr int kIsas = 4;
+enum class Isa : int { Scalar = 0, Avx2 = 1, Avx512 = 2, Avx512Vnni = 3, Avx512Bf16 = 4 };
+constexpr int kIsas = 5;
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "search.h"
+
 namespace sentfast::cpu {
 
 struct BFloat16 {
@@ -424,6 +426,7 @@ struct Kernels {
   double (*peak_bfloat16)(int64_t rounds);
   ContrastiveFn contrastive;
   ProjectFn project[kDtypes];
+  SearchKernels search;
 };
 
 }  // namespace sentfast::cpu

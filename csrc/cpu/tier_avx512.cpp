@@ -22,6 +22,7 @@ namespace {
 #include "norm.inl.h"
 #include "activation.inl.h"
 #include "losses.inl.h"
+#include "search.inl.h"
 // clang-format on
 }  // namespace
 #define SENTFAST_PEAK_FLOAT32 matrix::peak<matrix::Float32Step>

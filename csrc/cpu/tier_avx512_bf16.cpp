@@ -1,9 +1,9 @@
-// The kernels of `avx512`, with the bf16 instructions where bf16 is multiplied or made.
+// The kernels of `avx512_vnni`, with the bf16 instructions where bf16 is multiplied or made.
 #include <immintrin.h>
 
 #include "kernels.h"
 
-namespace sentfast::cpu::avx512 {
+namespace sentfast::cpu::avx512_vnni {
 const Kernels& table();
 }
 
@@ -33,7 +33,7 @@ struct BFloat16Step {
 
 const Kernels& table() {
   static Kernels filled = [] {
-    Kernels t = avx512::table();
+    Kernels t = avx512_vnni::table();
     constexpr int bf16 = static_cast<int>(Dtype::BFloat16);
     t.matrix[bf16][bf16] = matrix::block<BFloat16Step, BFloat16, BFloat16>;
     constexpr int compute = static_cast<int>(Compute::BFloat16);

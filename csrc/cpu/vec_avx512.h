@@ -74,6 +74,7 @@ struct Vec {
   static Mask unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
   static Mask either(Mask a, Mask b) { return a | b; }
   static bool any(Mask m) { return m != 0; }
+  static unsigned bits(Mask m) { return m; }
   static Mask first_lanes(int n) { return lane_mask(n); }
   static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 

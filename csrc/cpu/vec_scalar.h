@@ -171,6 +171,7 @@ struct Vec {
   }
   static Mask either(Mask a, Mask b) { return a | b; }
   static bool any(Mask m) { return m != 0; }
+  static unsigned bits(Mask m) { return m; }
   static Mask first_lanes(int n) { return (1u << n) - 1u; }
   static Vec select(Mask m, Vec a, Vec b) {
     for (int i = 0; i < lanes; ++i) b.v[i] = (m >> i) & 1u ? a.v[i] : b.v[i];

@@ -78,6 +78,19 @@ def prepared(name: str, original: Callable, prepare: Callable) -> Callable:
     return wrapper
 
 
+def rewritten(name: str, original: Callable, rewrite: Callable) -> Callable:
+    """The replacement of `original` that runs it with the arguments that `rewrite` makes of its own."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not switch.is_enabled():
+            return original(*args, **kwargs)
+        return original(*rewrite(*args, **kwargs))
+
+    setattr(wrapper, MARK, True)
+    return wrapper
+
+
 def within(name: str, original: Callable, context: Callable) -> Callable:
     """The replacement of `original` that runs it inside the context manager `context` makes of its arguments."""
 

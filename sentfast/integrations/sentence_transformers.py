@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sentfast.integrations import losses, mark, modules, similarity, trampolines, workers
-from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, prepared, within
+from sentfast.integrations import evaluation, losses, mark, modules, search, similarity, trampolines, workers
+from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, prepared, rewritten, within
 from sentfast.integrations.versions import TESTED, Version, find, tested
 from sentfast.report import fallback, logger
 from sentfast.switch import Site
 
 _SIMILARITY = "sentence_transformers.util.similarity"
 _TENSOR = "sentence_transformers.util.tensor"
+_RETRIEVAL = "sentence_transformers.util.retrieval"
+_NEGATIVES = "sentence_transformers.util.hard_negatives"
 _MERGED = "sentence_transformers.base.losses.merged_forward"
 
 
@@ -50,7 +52,7 @@ def table(version: Version) -> tuple[Row, ...]:
         Row(_TENSOR, "normalize_embeddings", similarity.normalize_embeddings),
         Row(version.worker.rpartition(".")[0], "start_multi_process_pool", workers.choices_noted, within),
     )
-    rows += _losses(version)
+    rows += _losses(version) + _searches(version)
     return rows + _loop(version) if version.inference else rows
 
 
@@ -71,6 +73,19 @@ def _losses(version: Version) -> tuple[Row, ...]:
         name = "MultipleNegativesSymmetricRankingLoss"
         rows.append(row(name, "compute_loss_from_embeddings", losses.symmetric_ranking_loss))
         rows.append(row(f"Cached{name}", "calculate_loss", losses.cached_symmetric_ranking_loss))
+    return tuple(rows)
+
+
+def _searches(version: Version) -> tuple[Row, ...]:
+    """Search and mining. ``paraphrase_mining`` and its evaluator call the function that takes embeddings."""
+    rows = [
+        Row(_RETRIEVAL, name, getattr(search, name), accelerated_loop)
+        for name in ("semantic_search", "paraphrase_mining_embeddings", "community_detection")
+    ]
+    rows.append(Row(_NEGATIVES, "mine_hard_negatives", evaluation.search_through, rewritten))
+    for name in version.evaluator_methods:
+        owner = f"{version.evaluator}:InformationRetrievalEvaluator"
+        rows.append(Row(owner, name, evaluation.retrieval_metrics, evaluation.with_original))
     return tuple(rows)
 
 
@@ -148,9 +163,10 @@ def _worker(version: Version) -> Iterator[Site]:
 
 def _function(version: Version, row: Row) -> Site | None:
     owner: Any = getattr(importlib.import_module(row.owner), row.attribute, None)
-    trampoline = getattr(trampolines, row.attribute).__code__
     known = isinstance(owner, types.FunctionType) and owner.__module__ == row.owner
-    if not known or not _same_arguments(owner.__code__, trampoline):
+    bodies = (body.__code__ for body in trampolines.of(row.attribute))
+    trampoline = next((body for body in bodies if known and _same_arguments(owner.__code__, body)), None)
+    if trampoline is None:
         _foreign(row.attribute)
         return None
     attempt = functools.partial(row.replacement, version)
@@ -159,7 +175,7 @@ def _function(version: Version, row: Row) -> Site | None:
         original = types.FunctionType(code, owner.__globals__, owner.__name__, owner.__defaults__)
         functools.update_wrapper(original, owner)
         vars(original).pop("__wrapped__")
-        trampolines.replacements[row.attribute] = accelerated(row.attribute, original, attempt)
+        trampolines.replacements[row.attribute] = row.wrap(row.attribute, original, attempt)
         return trampoline.replace()
 
     return Site(row.attribute, owner, "__code__", build)

@@ -34,6 +34,8 @@ class Version:
         guided_forward: `forward` of GISTEmbedLoss is known, and does what ours does.
         guide_as_reference: with gathered documents or a relative margin, the guide leaves out what our operator does.
         angle_is_cosine_and_sine: the pairwise angle similarity is made of unit vectors: 0 for zero vectors, not NaN.
+        pairs_once: paraphrase mining keeps each pair once, and a community belongs to its centre.
+        evaluator: module of InformationRetrievalEvaluator; `evaluator_methods` compute its metrics.
         to_tensor: sentence-transformers' own conversion of lists and arrays.
         embed_columns: its own function that embeds several columns at once, where there is one.
     """
@@ -56,6 +58,9 @@ class Version:
     symmetric_class: bool = False
     guided_forward: bool = True
     guide_as_reference: bool = True
+    pairs_once: bool = False
+    evaluator: str = "sentence_transformers.sentence_transformer.evaluation.information_retrieval"
+    evaluator_methods: tuple[str, ...] = ("compute_all_metrics", "compute_metrices")
     to_tensor: Callable[[Any], Any] = _unresolved
     embed_columns: Callable[[Any, Any], Any] | None = None
 
@@ -86,6 +91,8 @@ _OLD = Version(
     model=_OLD_MODEL,
     worker=f"{_OLD_MODEL}:SentenceTransformer._encode_multi_process_worker",
     losses=_OLD_LOSSES,
+    evaluator="sentence_transformers.evaluation.InformationRetrievalEvaluator",
+    evaluator_methods=("compute_metrices",),
     symmetric_class=True,
     mode_flags=True,
     scores_float32=False,
@@ -107,6 +114,7 @@ VERSIONS = (
         normalizes_dimension_1=False,
         euclidean_zero_gradient=True,
         angle_is_cosine_and_sine=True,
+        pairs_once=True,
     ),
     Version(
         first=(6, 0),

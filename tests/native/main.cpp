@@ -4,6 +4,7 @@
 #include "layers_test.h"
 #include "losses_test.h"
 #include "pooling_test.h"
+#include "search_test.h"
 #include "similarity_test.h"
 #include "training_test.h"
 
@@ -68,6 +69,7 @@ int main(int argc, char** argv) {
       test_dtype<Float16>();
       test_encoder();
       check::test_contrastive();
+      check::test_search();
     }
     std::printf("%s done\n", isa_name(static_cast<Isa>(i)));
   }

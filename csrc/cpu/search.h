@@ -1,0 +1,88 @@
+// The kernels of exact search: a first pass over low-precision rows that leaves out what is proven too low, and exact
+// scores of the rest. See docs/search.md for the bounds.
+#pragma once
+
+#include <cstdint>
+
+namespace sentfast::cpu {
+
+constexpr int64_t kSearchPanel = 64;           // rows of the corpus side by side
+constexpr int64_t kSearchGroup = 4;            // codes in a word
+constexpr uint32_t kSearchZero = 0x80808080u;  // four codes of 0: codes of the corpus are stored plus 128
+
+// Rows of the factors of a panel, each kSearchPanel long. A unit row is the center, the same for all rows, plus scale *
+// codes plus a residual. Packed are the scale, the norms of the residual and of scale * codes, the norm of the row, and
+// the product of the center and what the unit row is off it. A pass reads what search_factors makes of them, and a last
+// one for the square of the norm.
+enum SearchFactor : int {
+  kSearchScale,
+  kSearchResidual,
+  kSearchHeight,
+  kSearchNorm,
+  kSearchTilt,
+  kSearchFactors,
+  kSearchSquare = kSearchFactors,
+  kSearchPassFactors
+};
+
+// Floats of a matrix, `stride` apart.
+struct SearchRows {
+  const float* data;
+  int64_t stride, dim;
+};
+
+// The norms of scale * codes and of what it is off by, and the sum of the codes.
+struct SearchCodes {
+  double scale, residual, height;
+  int32_t sum;
+};
+
+// One panel against `count` queries. For each pair the pass has an upper bound of the score, in units of the query:
+// the sum and each of the query's numbers times their factors of the row.
+struct SearchScan {
+  int64_t count, words;                       // queries; words of a row
+  const uint32_t* queries;                    // [count, words]
+  const int32_t* start;                       // [count] what the sums of codes start from
+  const float *norm, *error, *center, *tilt;  // [count], for the factors from kSearchResidual to kSearchTilt
+  const float* square;                        // [count] for the last factor, or nullptr
+  const float* limit;                         // [count] bounds above it are hits
+  const uint32_t* number;                     // [count] what hits call the queries
+  const uint32_t* panel;                      // [words, kSearchPanel]
+  const float* factors;                       // [kSearchPassFactors, kSearchPanel]
+  int64_t row;                                // the panel's first row
+};
+
+struct SearchHit {
+  uint32_t query, row;
+};
+
+struct SearchExact {
+  SearchRows queries, corpus;
+  int64_t metric;             // of Metric
+  const double* query_norms;  // at least kSearchEps
+};
+
+constexpr double kSearchEps = 1e-12;  // the smallest norm that a cosine divides by
+
+struct SearchKernels {
+  // The norm of a row, in double.
+  double (*norm)(const float* row, int64_t dim);
+  double (*product)(const float* a, const float* b, int64_t dim);
+  // row / divisor - center as codes of -127 to 127, filled up to whole words with 0; nullptr: no center. The scale is
+  // at least `least`.
+  SearchCodes (*quantize)(const float* row, int64_t dim, double divisor, const float* center, double least,
+                          uint32_t* codes);
+  // A row divided by a number.
+  void (*unit)(const float* row, int64_t dim, double divisor, float* out);
+  // `rows` rows of words, `words` apart, become a panel; every word is changed by exclusive or with `flip`.
+  void (*panel)(const uint32_t* from, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel);
+  // Writes pairs whose bound is above their query's limit, or NaN: at most count * kSearchPanel; returns how many.
+  int64_t (*scan_codes)(const SearchScan&, SearchHit* hits);
+  int64_t (*scan_floats)(const SearchScan&, SearchHit* hits);
+  // Exact scores of pairs.
+  void (*pairs)(const SearchExact&, const SearchHit* hits, int64_t count, float* scores);
+  // Exact scores of `count` queries with `rows` rows from `row` on: [count, kSearchPanel].
+  void (*all)(const SearchExact&, const uint32_t* queries, int64_t count, int64_t row, int64_t rows, float* scores);
+};
+
+}  // namespace sentfast::cpu

@@ -1,0 +1,28 @@
+// The kernels of `avx512`, with the int8 dot products where codes are multiplied.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace sentfast::cpu::avx512 {
+const Kernels& table();
+}
+
+namespace sentfast::cpu::avx512_vnni {
+namespace {
+#include "vec_avx512.h"
+// clang-format off: the order matters
+#include "loops.inl.h"
+#include "gemm.inl.h"
+#include "search.inl.h"
+// clang-format on
+}  // namespace
+
+const Kernels& table() {
+  static Kernels filled = [] {
+    Kernels t = avx512::table();
+    t.search.scan_codes = search::scan<search::CodeStep>;
+    return t;
+  }();
+  return filled;
+}
+}  // namespace sentfast::cpu::avx512_vnni

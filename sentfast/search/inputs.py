@@ -1,0 +1,88 @@
+"""Arrays, tensors and lists become float32 matrices on the CPU, exactly or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def matrix(name: str, x: Any) -> Tensor:
+    """x as float32 [N, D] on the CPU; a view where it is one already. One vector counts as a matrix of one row."""
+    rows = _tensor(name, x)
+    if rows.layout != torch.strided:
+        raise TypeError(f"{name}: expected dense rows, got layout {rows.layout}")
+    if not rows.is_cpu:
+        raise ValueError(f"{name}: expected rows in the CPU's memory, got a tensor on {rows.device}")
+    if rows.dtype in HALF:
+        rows = rows.float()
+    if rows.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {rows.dtype}; convert it to float32 first")
+    if rows.ndim == 1:
+        rows = rows.unsqueeze(0)
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape [rows, columns], got {list(rows.shape)}")
+    return rows.detach()
+
+
+def _tensor(name: str, x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, np.ndarray):
+        return _view(name, x)
+    if isinstance(x, (list, tuple)):
+        if len(x) and all(isinstance(row, Tensor) for row in x):
+            return torch.stack(list(x))
+        if len(x) and all(isinstance(row, np.ndarray) for row in x):
+            return _view(name, np.stack(x))
+        try:
+            return torch.tensor(x)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name}: expected rows of one length made of numbers; {error}") from error
+    raise TypeError(f"{name}: expected a tensor, an array or a list of rows, got {type(x).__name__}")
+
+
+def _view(name: str, x: np.ndarray) -> Tensor:
+    """Without a copy, except where PyTorch cannot look at the array as it lies."""
+    if x.dtype.byteorder not in ("=", "|") or any(stride < 0 for stride in x.strides):
+        x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    try:
+        # The rows are only read, but PyTorch has no tensor that cannot be written and warns of it.
+        return torch.from_numpy(x if x.flags.writeable else np.asarray(_Writable(x)))
+    except TypeError as error:
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}") from error
+
+
+class _Writable:
+    """A read-only array's memory, as numpy sees a writable one. It keeps the array alive."""
+
+    def __init__(self, x: np.ndarray):
+        self.array = x
+        self.__array_interface__ = {**x.__array_interface__, "data": (x.__array_interface__["data"][0], False)}
+
+
+def same_columns(name: str, x: Tensor, other_name: str, columns: int) -> None:
+    if x.shape[1] != columns:
+        raise ValueError(f"{name}: expected the {columns} columns of {other_name}, got {x.shape[1]}")
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """value as an int of the range."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        wanted = f"{low} to {high}" if high is not None else f"at least {low}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if value != value:
+        raise ValueError(f"{name}: expected a number, got NaN")
+    return float(value)

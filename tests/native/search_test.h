@@ -1,0 +1,105 @@
+// Exact search on plain buffers: codes and their bounds, the first pass, and exact scores, against double loops.
+#pragma once
+
+#include "../../csrc/cpu/search_scan.h"
+#include "similarity_test.h"
+
+namespace check {
+
+inline double true_score(const float* q, const float* k, int64_t dim, int64_t metric) {
+  double dot = 0, query = 0, row = 0, square = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const double a = q[d], b = k[d];
+    dot += a * b;
+    query += a * a;
+    row += b * b;
+    square += (a - b) * (a - b);
+  }
+  if (metric == kDot) return dot;
+  if (metric == kEuclidean) return -std::sqrt(square);
+  return dot / std::fmax(std::sqrt(query), kSearchEps) / std::fmax(std::sqrt(row), kSearchEps);
+}
+
+// Keeps every score above a fixed limit.
+struct Kept {
+  float limit;
+  std::vector<std::vector<std::pair<int64_t, float>>> found;
+  float exclusive(uint32_t) const { return limit; }
+  bool open(uint32_t) const { return limit == -INFINITY; }
+  bool considers(uint32_t, int64_t) const { return true; }
+  void offer(uint32_t q, int64_t row, float score) {
+    if (score > limit) found[q].push_back({row, score});
+  }
+};
+
+// A corpus packed as csrc/cpu/search.cpp packs it.
+struct PackedRows {
+  Buffer<uint32_t> codes;
+  Buffer<float> factors, center;
+
+  PackedRows(const Buffer<float>& rows, int64_t count, int64_t dim, int64_t stride)
+      : codes((count + 63) / 64 * kSearchPanel * ((dim + 3) / 4)),
+        factors((count + 63) / 64 * kSearchFactors * kSearchPanel),
+        center(random<float>(dim)) {
+    const SearchKernels& kernel = kernels().search;
+    const int64_t words = (dim + 3) / 4;
+    for (int64_t d = 0; d < dim; ++d) center[d] *= 0.1f / std::sqrt(static_cast<float>(dim));
+    const double square = kernel.product(center.get(), center.get(), dim);
+    for (int64_t first = 0; first < count; first += kSearchPanel) {
+      const int64_t size = std::min(kSearchPanel, count - first);
+      const Buffer<uint32_t> lines(size * words);
+      float* out = factors.get() + first * kSearchFactors;
+      std::fill_n(out, kSearchFactors * kSearchPanel, 0.0f);
+      for (int64_t j = 0; j < size; ++j) {
+        const float* row = rows.get() + (first + j) * stride;
+        const double norm = kernel.norm(row, dim);
+        const SearchCodes c = kernel.quantize(row, dim, norm, center.get(), 0, lines.get() + j * words);
+        const double values[] = {c.scale, c.residual, c.height, norm,
+                                 kernel.product(row, center.get(), dim) / norm - square};
+        for (int n = 0; n < kSearchFactors; ++n) out[n * kSearchPanel + j] = static_cast<float>(values[n]);
+        const auto* code = reinterpret_cast<const int8_t*>(lines.get() + j * words);
+        double off = 0;
+        for (int64_t d = 0; d < dim; ++d) off += std::pow(row[d] / norm - center[d] - c.scale * code[d], 2);
+        close("search, residual", c.residual, std::sqrt(off), 1e-5);
+      }
+      kernel.panel(lines.get(), size, words, kSearchZero, codes.get() + first * words);
+    }
+  }
+};
+
+inline void test_search() {
+  const int64_t count = integer(1, 300), dim = integer(1, 90), stride = dim + integer(0, 3), queries = integer(1, 40);
+  const Buffer<float> rows = random<float>((count - 1) * stride + dim), some = random<float>(queries * dim);
+  const int64_t metric = integer(kCosine, kEuclidean);
+  const bool coded = integer(0, 2) != 0;
+  const PackedRows packed(rows, count, dim, stride);
+  const SearchCorpus corpus = {
+      {rows.get(), stride, dim}, count, metric, coded ? packed.codes.get() : nullptr, packed.factors.get(),
+      packed.center.get()};
+  Kept kept;
+  kept.limit =
+      integer(0, 5) == 0
+          ? -INFINITY
+          : static_cast<float>(true_score(some.get(), rows.get() + integer(0, count - 1) * stride, dim, metric));
+  kept.found.resize(static_cast<size_t>(queries));
+  in_threads(queries, [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
+    Kept own = kept;
+    SearchScanner<Kept> scanner(corpus, {some.get() + begin * dim, dim, dim}, end - begin, own);
+    scanner.run(0, count, integer(0, 1) == 0);
+    for (int64_t i = begin; i < end; ++i)
+      kept.found[static_cast<size_t>(i)] = own.found[static_cast<size_t>(i - begin)];
+  });
+  for (int64_t i = 0; i < queries; ++i) {
+    const auto& found = kept.found[static_cast<size_t>(i)];
+    size_t next = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const double want = true_score(some.get() + i * dim, rows.get() + j * stride, dim, metric);
+      const bool there = next < found.size() && found[next].first == j;
+      close("search, kept", there, static_cast<float>(want) > kept.limit, 0);
+      if (there) close("search, score", found[next++].second, want, 1e-7);
+    }
+  }
+}
+
+}  // namespace check

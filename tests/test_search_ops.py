@@ -1,0 +1,375 @@
+"""Exact search against a float64 brute force: values, order, limits, bounds, edges, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from backends import BACKENDS, Backend
+from torch import Tensor
+
+from sentfast import registry
+from sentfast.ops import search
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+every_metric = pytest.mark.parametrize("metric", search.METRICS)
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True)
+def cpu_only(request: pytest.FixtureRequest) -> None:
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    if backend is not None and backend.name not in ("reference", "cpu"):
+        pytest.skip(f"search has no kernel on {backend}")
+
+
+# ---- data ----
+
+
+def clusters(n: int, d: int) -> Tensor:
+    return torch.randn(7, d)[torch.randint(7, (n,))] + 0.1 * torch.randn(n, d)
+
+
+def near(distance: float) -> Callable[[int, int], Tensor]:
+    return lambda n, d: torch.linspace(-1, 1, d) + distance * torch.randn(n, d)
+
+
+def scaled(n: int, d: int) -> Tensor:
+    return torch.randn(n, d) * 10.0 ** torch.randint(-44, 37, (n, 1))
+
+
+def with_zeros(n: int, d: int) -> Tensor:
+    return torch.randn(n, d) * (torch.rand(n, 1) < 0.8)
+
+
+def with_odd_rows(n: int, d: int) -> Tensor:
+    x = torch.randn(n, d)
+    x[torch.rand(n) < 0.1] = NAN
+    x[torch.rand(n, d) < 0.1 / d] = INF
+    x[torch.rand(n, d) < 0.1 / d] = -INF
+    return x
+
+
+KINDS: dict[str, Callable[[int, int], Tensor]] = {
+    "random": torch.randn,
+    "clusters": clusters,
+    "duplicates": lambda n, d: torch.randn(4, d)[torch.randint(4, (n,))],
+    "near": near(1e-2),  # closer than the codes resolve without their center
+    "nearer": near(1e-6),  # closer than float32 resolves: most scores are equal
+    "scaled": scaled,
+    "zeros": with_zeros,
+    "odd": with_odd_rows,
+}
+SHAPES = ((1, 1, 1), (64, 3, 7), (333, 1, 4), (700, 70, 13), (1500, 384, 3), (130, 1030, 20))
+
+
+def draws(queries: int, rows: int, dim: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, make in KINDS.items():
+        corpus = make(rows, dim)
+        some = make(queries, dim)
+        if rows >= queries and torch.rand(1) < 0.5:  # queries that are rows
+            some = corpus[torch.randperm(rows)[:queries]].clone()
+        yield name, some, corpus
+
+
+# ---- the truth ----
+
+
+def true_scores(queries: Tensor, corpus: Tensor, metric: str) -> Tensor:
+    q, k = queries.double(), corpus.double()
+    if metric == "euclidean":
+        return -((q.unsqueeze(1) - k) ** 2).sum(-1).sqrt().float()
+    products = (q.unsqueeze(1) * k).sum(-1)
+    if metric == "cos":
+        norms = [x.pow(2).sum(-1).sqrt().clamp(min=1e-12) for x in (q, k)]
+        products = products / (norms[0].unsqueeze(1) * norms[1])
+    return products.float()
+
+
+def true_topk(scores: Tensor, k: int, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """By score, then by index; only where `allowed`, and never NaN."""
+    best, ids = torch.full((len(scores), k), -INF), torch.full((len(scores), k), -1)
+    for i, (row, keep) in enumerate(zip(scores, allowed & ~scores.isnan(), strict=True)):
+        values = row.tolist()
+        found = sorted(keep.nonzero().flatten().tolist(), key=lambda j, values=values: (-values[j], j))[:k]
+        best[i, : len(found)], ids[i, : len(found)] = row[found], torch.tensor(found, dtype=torch.int64)
+    return best, ids
+
+
+def assert_scores(got: Tensor, want: Tensor, what: str) -> None:
+    """Equal, or neighbours: a sum in another order may fall on the other side of a rounding."""
+    up, down = torch.nextafter(want, torch.tensor(INF)), torch.nextafter(want, torch.tensor(-INF))
+    assert ((got == want) | (got == up) | (got == down)).all(), what
+
+
+def packs(corpus: Tensor) -> tuple[search.Packed | None, ...]:
+    return None, search.pack(corpus)
+
+
+# ---- values ----
+
+
+@every_metric
+@every_backend
+def test_topk(backend: Backend, metric: str) -> None:
+    for rows, dim, count in SHAPES:
+        for name, queries, corpus in draws(count, rows, dim):
+            scores = true_scores(queries, corpus, metric)
+            for packed, k in itertools.product(packs(corpus), {1, min(10, rows), rows}):
+                what = f"{name} {rows} x {dim}, {count} queries, k = {k}, {'codes' if packed else 'rows'}"
+                with backend.forced("search_topk"):
+                    found = search.topk(queries, corpus, packed, k=k, metric=metric)
+                want, ids = true_topk(scores, k, torch.ones_like(scores, dtype=torch.bool))
+                assert torch.equal(found.ids, ids), what
+                assert_scores(found.scores, want, what)
+                assert found.statistics.nans == scores.isnan().sum(), what
+                assert found.statistics.pairs == count * rows, what
+
+
+@every_metric
+@every_backend
+def test_topk_within_limits(backend: Backend, metric: str) -> None:
+    rows, count = 300, 9
+    for name, queries, corpus in draws(count, rows, 24):
+        scores = true_scores(queries, corpus, metric)
+        some = scores.nan_to_num(0, 1, -1)
+        excluded = torch.rand(count, rows) < 0.3
+        ids = excluded.nonzero()[:, 1]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), excluded.sum(1).cumsum(0)])
+        lowest, highest = some.quantile(0.3, dim=1), some.quantile(0.9, dim=1)
+        for packed in packs(corpus):
+            with backend.forced("search_topk"):
+                found = search.topk(
+                    queries,
+                    corpus,
+                    packed,
+                    k=250,
+                    metric=metric,
+                    threshold=lowest,
+                    highest=highest,
+                    excluded=(offsets, ids),
+                )
+            allowed = ~excluded & (scores >= lowest.unsqueeze(1)) & (scores <= highest.unsqueeze(1))
+            want, want_ids = true_topk(scores, 250, allowed)
+            assert torch.equal(found.ids, want_ids), name
+            assert_scores(found.scores, want, name)
+            assert found.statistics.nans == (scores.isnan() & ~excluded).sum(), name
+
+
+@every_metric
+@every_backend
+def test_pairs_and_counts(backend: Backend, metric: str) -> None:
+    for rows, dim, count in ((1, 1, 1), (200, 17, 50), (700, 64, 3)):
+        for name, queries, corpus in draws(count, rows, dim):
+            scores = true_scores(queries, corpus, metric)
+            # Thresholds that are scores: pairs on them count.
+            lowest = scores.nan_to_num(0, 3e38, -3e38).sort(dim=1, descending=True)[0][:, rows // 20]
+            want = scores >= lowest.unsqueeze(1)
+            for packed in packs(corpus):
+                with backend.forced("search_pairs", "search_count"):
+                    found = search.pairs_above(queries, corpus, packed, threshold=lowest, metric=metric)
+                    counts = search.count_above(queries, corpus, packed, threshold=lowest, metric=metric).counts
+                assert torch.equal(counts, want.sum(1)), name
+                assert torch.equal(found.offsets.diff(), want.sum(1)), name
+                assert torch.equal(found.ids, want.nonzero()[:, 1]), name
+                assert_scores(found.scores, scores[want], name)
+
+
+@every_backend
+def test_join_with_itself(backend: Backend) -> None:
+    corpus = clusters(400, 16)
+    scores = true_scores(corpus, corpus, "cos")
+    want = (scores >= 0.9).triu(1)
+    for packed, first in itertools.product(packs(corpus), (0, 130)):
+        with backend.forced("search_pairs"):
+            found = search.pairs_above(corpus[first : first + 200], corpus, packed, threshold=0.9, first=first)
+        part = want[first : first + 200]
+        assert torch.equal(found.offsets.diff(), part.sum(1))
+        assert torch.equal(found.ids, part.nonzero()[:, 1])
+
+
+@every_backend
+def test_rows_at_any_distance(backend: Backend) -> None:
+    wide = torch.randn(90, 50)
+    for rows in (wide[::3, 5:38], wide.T[5:38], wide.T[::2], wide[:, ::2], wide[:1].expand(30, 50)):
+        with backend.forced():
+            for packed in packs(rows):
+                found = search.topk(rows[:5], rows, packed, k=7, metric="dot")
+                dense = search.topk(rows[:5].contiguous(), rows.contiguous(), packed, k=7, metric="dot")
+                assert torch.equal(found.ids, dense.ids)
+                assert torch.equal(found.scores, dense.scores)
+
+
+@every_backend
+def test_no_queries(backend: Backend) -> None:
+    corpus = torch.randn(70, 8)
+    for packed in packs(corpus):
+        with backend.forced():
+            assert search.topk(corpus[:0], corpus, packed, k=3).scores.shape == (0, 3)
+            assert search.pairs_above(corpus[:0], corpus, packed, threshold=0.0).offsets.tolist() == [0]
+            assert search.count_above(corpus[:0], corpus, packed, threshold=0.0).counts.shape == (0,)
+
+
+# ---- the first pass ----
+
+
+@every_backend
+def test_packed_rows_are_as_near_as_they_say(backend: Backend) -> None:
+    for rows, dim in ((1, 1), (130, 33), (65, 384)):
+        for name, make in KINDS.items():
+            corpus = make(rows, dim)
+            with backend.forced("search_pack"):
+                codes, factors, center = search.pack(corpus)  # type: ignore[misc]
+            assert (center.isfinite().all(), codes.dtype, factors.shape[1]) == (True, torch.uint8, 5)
+            signed = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:, :dim].double() - 128
+            scale, residual, height, norm, tilt = factors.transpose(0, 1).flatten(1).double()
+            exact = corpus.double().norm(dim=1)
+            usable = (exact > 0) & exact.isfinite()
+            unit = corpus.double()[usable] / exact[usable].unsqueeze(1)
+            keep = slice(0, rows)
+            part = (scale.unsqueeze(1) * signed)[keep][usable]
+            assert ((unit - center - part).norm(dim=1) <= residual[keep][usable] + 1e-12).all(), name
+            assert (part.norm(dim=1) <= height[keep][usable]).all(), name
+            assert (residual[keep][usable] <= scale[keep][usable] * dim**0.5 * 0.51 + 1e-12).all(), name
+            torch.testing.assert_close(
+                tilt[keep][usable], (unit - center.double()) @ center.double(), atol=1e-6, rtol=0
+            )
+            assert torch.equal(norm[keep].float().nan_to_num(-1), exact.float().nan_to_num(-1)), name
+            assert (signed[rows:] == 0).all(), name
+            assert (signed[keep][~usable] == 0).all(), name
+
+
+def need_cpu() -> Backend:
+    found = [backend for backend in BACKENDS if backend.name == "cpu"]
+    if not found:
+        pytest.skip("the compiled kernels are not there")
+    return found[-1]
+
+
+def test_bounds_leave_out_most_pairs() -> None:
+    corpus, queries = torch.randn(20000, 128), torch.randn(40, 128)
+    packed = search.pack(corpus)
+    with need_cpu().forced("search_topk"):
+        found = search.topk(queries, corpus, packed, k=5).statistics
+        close = near(1e-2)(20040, 128)
+        near_found = search.topk(close[:40], close[40:], search.pack(close[40:]), k=5).statistics
+    assert found.scored < 0.05 * found.pairs
+    assert near_found.scored < 0.2 * near_found.pairs
+
+
+def test_too_wide_bounds_fall_back() -> None:
+    corpus = torch.cat([torch.randn(6000, 64), torch.ones(20000, 64), torch.randn(70000, 64)])
+    queries = torch.ones(30, 64) + 1e-3 * torch.randn(30, 64)
+    with need_cpu().forced("search_topk"):
+        found = search.topk(queries, corpus, search.pack(corpus), k=10)
+    assert found.statistics.fallbacks == 30
+    assert found.statistics.scored < 0.5 * found.statistics.pairs  # and they come back from it
+    assert torch.equal(found.ids, torch.arange(6000, 6010).expand(30, 10))
+
+
+@pytest.mark.parametrize("count", [1, 5, 100])
+def test_threads_change_nothing(count: int) -> None:
+    corpus, threads = clusters(40000, 20), torch.get_num_threads()
+    queries, packed = clusters(count, 20), search.pack(corpus)
+    corpus[::7] = corpus[3]
+    packed = search.pack(corpus)
+    found: list[Any] = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            with need_cpu().forced("search_topk", "search_pairs", "search_count"):
+                found.append(
+                    (
+                        search.topk(queries, corpus, packed, k=20)[:2],
+                        search.pairs_above(queries, corpus, packed, threshold=0.99)[:3],
+                        search.count_above(queries, corpus, packed, threshold=0.99)[:1],
+                        search.pack(corpus),
+                    )
+                )
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with registry.use_backend("reference"):
+        assert torch.equal(search.topk(queries, corpus, k=20).ids, found[0][0][1])
+
+
+def test_instruction_sets_agree_to_the_bit() -> None:
+    queries, corpus = clusters(30, 77), clusters(3000, 77)
+    results = []
+    for backend in BACKENDS:
+        if backend.name == "cpu":
+            for metric, packed in itertools.product(search.METRICS, packs(corpus)):
+                with backend.forced("search_topk"):
+                    results.append((metric, search.topk(queries, corpus, packed, k=9, metric=metric)))
+    for (metric, one), (other_metric, other) in itertools.combinations(results, 2):
+        if metric == other_metric:
+            assert torch.equal(one.ids, other.ids)
+            assert torch.equal(one.scores, other.scores)
+
+
+# ---- as operators ----
+
+
+def test_operators_are_registered_well() -> None:
+    queries, corpus = torch.randn(5, 12), torch.randn(100, 12)
+    packed = search.pack(corpus)
+    lowest = torch.zeros(5)
+    for arguments in ((*packed,), (None, None, None)):
+        torch.library.opcheck(
+            torch.ops.sentfast.search_topk.default, (queries, corpus, *arguments, 3, 0, lowest, None, None, None)
+        )
+        torch.library.opcheck(torch.ops.sentfast.search_count.default, (queries, corpus, *arguments, lowest, 1))
+        torch.library.opcheck(torch.ops.sentfast.search_pairs.default, (queries, corpus, *arguments, lowest, 0, -1))
+    torch.library.opcheck(torch.ops.sentfast.search_pack.default, (corpus,))
+
+
+ROWS = torch.randn(10, 4)
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"queries": ROWS.double()}, TypeError, "queries: expected dense float32, got torch.float64"),
+    "not a tensor": ({"corpus": [1.0]}, TypeError, "corpus: expected a tensor, got list"),
+    "rank": ({"queries": ROWS[0]}, ValueError, r"queries: expected shape \[rows, D\]"),
+    "dimension": (
+        {"corpus": torch.randn(10, 5)},
+        ValueError,
+        r"corpus: expected the dimension of queries \(4\), got 5",
+    ),
+    "empty": ({"corpus": ROWS[:0]}, ValueError, "corpus: expected at least one row"),
+    "k": ({"k": 11}, ValueError, r"k: expected an integer from 1 to 10 \(the rows of corpus\), got 11"),
+    "no k": ({"k": 0}, ValueError, "k: expected an integer from 1 to 10"),
+    "metric": ({"metric": "manhattan"}, ValueError, r"metric: expected one of .*, got 'manhattan'"),
+    "threshold": ({"threshold": NAN}, ValueError, "threshold: expected a number, got nan"),
+    "highest": ({"highest": torch.zeros(3)}, ValueError, r"highest: expected float32 of shape \[10\]"),
+    "packed": ({"packed": search.pack(torch.randn(70, 4))}, ValueError, "packed.codes: expected contiguous"),
+    "excluded": (
+        {"excluded": (torch.arange(11), torch.full((10,), 10))},
+        ValueError,
+        r"excluded\[1\]: expected rows from 0 to 9",
+    ),
+    "order": (
+        {"excluded": (torch.tensor([0] * 10 + [2]), torch.tensor([3, 1]))},
+        ValueError,
+        r"excluded\[1\]: expected ids that rise within each query",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name: str) -> None:
+    changed, error, message = BAD[name]
+    arguments = {"queries": ROWS, "corpus": ROWS, "k": 2, **changed}
+    with pytest.raises(error, match=message):
+        search.topk(arguments.pop("queries"), arguments.pop("corpus"), **arguments)
+
+
+def test_bad_packing() -> None:
+    with pytest.raises(ValueError, match=r"precision: expected one of \('int8', 'fp32'\), got 'int4'"):
+        search.pack(ROWS, "int4")
+    with pytest.raises(ValueError, match="rows: expected at most 32768 dimensions for int8, got 32769"):
+        search.pack(torch.zeros(1, 32769))
+    with pytest.raises(ValueError, match=r"first: expected 0 to 5 .* got 6"):
+        search.pairs_above(ROWS[:5], ROWS, threshold=0.0, first=6)
