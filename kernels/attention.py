@@ -25,7 +25,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # in both, so the bits of a result do not depend on the longest sequence beside it.
 _HALF = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}
 _HALF_LONG = _HALF | {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2)}
-_FLOAT32 = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)}
+_FLOAT32 = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "reach", "left", "right", *SEED_ARGUMENTS])

@@ -15,6 +15,7 @@ from .triton_utils import tf32_allowed
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 LARGEST_HEAD = 256  # a larger one has no tile that fits
+_FAR = 2**30  # a window as wide as any sequence, in 32 bits
 
 
 @triton.jit
@@ -90,5 +91,5 @@ def plan(
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
     }
-    arguments = (reach, softmax_scale, left, right, *dropout[:4])
+    arguments = (reach, softmax_scale, min(left, _FAR), min(right, _FAR), *dropout[:4])
     return Plan(parts, arguments, constants, block_d, parts[0].dtype == torch.float32)

@@ -105,6 +105,22 @@ def test_zero_vectors(backend: Backend) -> None:
         assert torch.autograd.grad(euclidean.sum(), zero)[0].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name in ("triton", "reference")], ids=str)
+def test_layers_of_no_rows_or_columns(backend: Backend) -> None:
+    for shape in ((0, 5), (3, 0), (2, 0, 7)):
+        x = torch.randn(*shape, device=backend.device, requires_grad=True)
+        weight = torch.randn(shape[-1], device=backend.device, requires_grad=True)
+        with backend.forced():
+            for out in (
+                F.dropout_add_layer_norm(x, x.detach(), weight, weight, dropout_p=0.5),
+                F.bias_activation(x, weight),
+                F.dropout(x, 0.5),
+            ):
+                grad_x, grad_weight = torch.autograd.grad(out.sum(), (x, weight), allow_unused=True)
+                assert out.shape == grad_x.shape == x.shape
+                assert grad_weight is None or grad_weight.eq(0).all()
+
+
 @every_backend
 def test_bfloat16_rows_an_odd_distance_apart(backend: Backend) -> None:
     if backend.supports(torch.bfloat16):

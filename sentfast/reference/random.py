@@ -43,7 +43,7 @@ def dropout(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
     """x / (1 - p) where the element is kept, else 0; a row is what comes before the last dimension."""
     if p == 0.0:
         return x.clone()
-    rows = torch.arange(x[..., :1].numel(), device=x.device).view(*x.shape[:-1], 1)
+    rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
     keep = kept(rows, torch.arange(x.shape[-1], device=x.device), p, seed, stream)
     return torch.where(keep, x * scale(p), 0)
 
