@@ -105,7 +105,7 @@ def test_zero_vectors(backend: Backend) -> None:
         assert torch.autograd.grad(euclidean.sum(), zero)[0].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name in ("triton", "reference")], ids=str)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name != "cuda"], ids=str)
 def test_layers_of_no_rows_or_columns(backend: Backend) -> None:
     for shape in ((0, 5), (3, 0), (2, 0, 7)):
         x = torch.randn(*shape, device=backend.device, requires_grad=True)

@@ -90,7 +90,8 @@ struct RowView {
   int64_t rows, dim, stride;
 
   explicit RowView(const Tensor& x) : tensor(x), rows(1), dim(x.size(x.dim() - 1)), stride(dim) {
-    if (!uniform()) {
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+    if (x.numel() > 0 && !uniform()) {
       tensor = torch::stable::contiguous(x);
       uniform();
     }
@@ -103,18 +104,15 @@ struct RowView {
     const auto strides = tensor.strides();
     const int64_t last = tensor.dim() - 1;
     if (dim > 1 && strides[last] != 1) return false;
-    rows = 1;
-    int64_t step = 0;  // distance that the next dimension outwards must have
+    int64_t step = -1;  // distance that the next dimension outwards must have; the innermost may have any
     for (int64_t i = last - 1; i >= 0; --i) {
-      if (sizes[i] != 1) {
-        if (rows == 1) {
-          stride = strides[i];
-        } else if (strides[i] != step) {
-          return false;
-        }
-        step = strides[i] * sizes[i];
+      if (sizes[i] == 1) continue;
+      if (step < 0) {
+        stride = strides[i];
+      } else if (strides[i] != step) {
+        return false;
       }
-      rows *= sizes[i];
+      step = strides[i] * sizes[i];
     }
     return true;
   }
