@@ -56,7 +56,7 @@ def _paraphrases(queries: Tensor, rows: Tensor) -> list[float]:
 def _communities(queries: Tensor, rows: Tensor) -> list[float]:
     from sentence_transformers import util
 
-    found = util.community_detection(rows, threshold=0.75, min_community_size=5)
+    found = util.community_detection(rows, threshold=0.45, min_community_size=5)
     return [len(found), sum(map(len, found))]
 
 

@@ -15,6 +15,7 @@ import latency
 import loss
 import quality
 import search
+import search_drop_in
 import share
 import startup
 import training
@@ -60,6 +61,7 @@ STUDIES = (
     Study("training_curve", training_curve, (training_curve.TABLE,), ("tiny",), ("tiny",)),
     Study("loss", loss, (loss.TABLE,), quick=("any",)),
     Study("search", search, (search.TABLE,), quick=("any",)),
+    Study("search_drop_in", search_drop_in, (search_drop_in.TABLE,), quick=("any",)),
 )
 TABLES = tuple(dict.fromkeys(table for study in STUDIES for table in study.tables))
 
