@@ -1,5 +1,5 @@
 // The kernels of exact search: a first pass over low-precision rows that leaves out what is proven too low, and exact
-// scores of the rest. See docs/search.md for the bounds.
+// scores of the rest. See docs/search-bounds.md.
 #pragma once
 
 #include <cstdint>

@@ -186,7 +186,7 @@ class SearchScanner {
         center_[n] = 0;
       }
       length_[n] = static_cast<float>(length / scale);
-      tilt_[n] = q.norm > 0 ? static_cast<float>(1 / scale * (1 + 0x1p-20)) : 0.0f;
+      tilt_[n] = q.norm > 0 ? static_cast<float>(1 / scale) : 0.0f;
       square_[n] = static_cast<float>(1 / (q.unit_score * scale));
     }
     renew_limits(level, list);

@@ -194,7 +194,7 @@ def _check_excluded(
 
 
 def _parts(packed: Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if packed is None else tuple(packed)
+    return (None, None, None) if packed is None else (packed.codes, packed.factors, packed.center)
 
 
 def _statistics(values: Tensor) -> Statistics:

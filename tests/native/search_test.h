@@ -82,11 +82,12 @@ inline void test_search() {
           ? -INFINITY
           : static_cast<float>(true_score(some.get(), rows.get() + integer(0, count - 1) * stride, dim, metric));
   kept.found.resize(static_cast<size_t>(queries));
+  const bool small_first = integer(0, 1) == 0;
   in_threads(queries, [&](int64_t begin, int64_t end) {
     if (begin == end) return;
-    Kept own = kept;
+    Kept own = {kept.limit, std::vector<std::vector<std::pair<int64_t, float>>>(static_cast<size_t>(end - begin))};
     SearchScanner<Kept> scanner(corpus, {some.get() + begin * dim, dim, dim}, end - begin, own);
-    scanner.run(0, count, integer(0, 1) == 0);
+    scanner.run(0, count, small_first);
     for (int64_t i = begin; i < end; ++i)
       kept.found[static_cast<size_t>(i)] = own.found[static_cast<size_t>(i - begin)];
   });
