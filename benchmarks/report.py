@@ -34,7 +34,12 @@ OURS, STOCK, DROP_IN = "sentfast", "stock", "drop-in"
 _BLOCK = re.compile(r"(^<!-- table:(\w+)(?: ([\w-]+))? -->\n)(.*?)(^<!-- /table:(\w+) -->$)", re.DOTALL | re.MULTILINE)
 _OPENING = re.compile(r"^<!-- table:", re.MULTILINE)
 _NOTHING = "Not measured yet.\n"
-_STUDIES = {**encoder_report.TABLES, **training_report.TABLES, search.TABLE: search.table, search_drop_in.TABLE: search_drop_in.table}
+_STUDIES = {
+    **encoder_report.TABLES,
+    **training_report.TABLES,
+    search.TABLE: search.table,
+    search_drop_in.TABLE: search_drop_in.table,
+}
 
 Result = dict[str, Any]
 
