@@ -322,6 +322,8 @@ def bounds(queries: Tensor, corpus: Rows, highest: Tensor | None, with_lower: bo
         # Two operands that are cut to 10 bits, and sums of which each step may cut the last bits.
         error += 2.0**-9 + dim * 2.0**-21
     config = _TILES[("few" if len(queries) <= _FEW else "many") + ("" if corpus.codes is None else " codes")]
+    if corpus.metric == EUCLIDEAN:  # its bounds take more registers
+        config = config | {"BLOCK_Q": min(config["BLOCK_Q"], 64)}
     tiles_q = triton.cdiv(len(queries), config["BLOCK_Q"])
     _bounds_kernel[(tiles_q * triton.cdiv(len(corpus.values), _ROWS),)](
         values,
