@@ -300,12 +300,27 @@ def test_bounds_of_blocks_hold(backend: Backend, metric: str, monkeypatch: pytes
 @every_backend
 def test_blocks_leave_out_most_rows(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     triton_search(monkeypatch, backend)
-    corpus, queries = torch.randn(1000, 64), torch.randn(4, 64)
-    for packed in packs(corpus):
+    corpus, queries = torch.randn(1500, 150), torch.randn(4, 150)
+    scores = true_scores(queries, corpus, "cos")
+    for packed, k in itertools.product(packs(corpus), (1, 3)):  # blocks of 64 rows and of 16
         with backend.forced("search_topk"):
-            found = search.topk(queries, corpus, packed, k=2).statistics
-        assert found.scored < 0.2 * found.pairs
-        assert found.fallbacks == 0
+            found = search.topk(queries, corpus, packed, k=k)
+        assert torch.equal(found.ids, true_topk(scores, k, torch.ones_like(scores, dtype=torch.bool))[1])
+        assert found.statistics.scored < 0.2 * found.statistics.pairs
+        assert found.statistics.fallbacks == 0
+
+
+@every_backend
+def test_join_in_small_steps(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_search(monkeypatch, backend, _DENSE=2.0, _BOUNDS=130)
+    corpus = clusters(200, 9)
+    want = (true_scores(corpus, corpus, "cos") >= 0.9).triu(1)[30:]
+    for packed in packs(corpus):
+        with backend.forced("search_pairs"):
+            found = search.pairs_above(corpus[30:], corpus, packed, threshold=0.9, first=30)
+        assert torch.equal(found.offsets.diff(), want.sum(1))
+        assert torch.equal(found.ids, want.nonzero()[:, 1])
+        assert found.statistics.pairs == 170 * 169 // 2
 
 
 @every_backend
