@@ -134,6 +134,7 @@ def load_triton() -> None:
         importlib.import_module("sentfast.kernels.activation")
         importlib.import_module("sentfast.kernels.attention")
         importlib.import_module("sentfast.kernels.attention_backward")
+        importlib.import_module("sentfast.kernels.search")
 
 
 def cpu_isa(name: str | None = None) -> str:

@@ -234,6 +234,26 @@ def test_semantic_search_under_autocast():
     assert scores[0].allclose(scores[1], atol=0.02) and scores[0].shape == (3, 10)
 
 
+def test_new_tensors_are_on_the_device_of_the_embeddings(path):
+    """Every tensor made on the way is given a device: the default one has no memory here."""
+    queries, rows = clustered(40), clustered(2200)
+    model = table_model(path, {})
+
+    def everything() -> list:
+        return [
+            semantic_search(queries, rows, top_k=5),
+            semantic_search(queries, rows, top_k=5, score_function=model.similarity),
+            paraphrase_mining_embeddings(rows, max_pairs=50, top_k=10),
+            community_detection(rows, threshold=0.9, min_community_size=3),
+        ]
+
+    sentfast.report(reset=True)
+    with torch.device("meta"):
+        without = everything()
+    assert not sentfast.report().fallbacks
+    assert without == everything()
+
+
 def test_the_functions_stay_the_same_objects():
     before = [inspect.signature(function) for function in (semantic_search, mine_hard_negatives)]
     assert util.semantic_search is semantic_search and semantic_search.__defaults__[-1] is util.cos_sim

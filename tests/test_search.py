@@ -20,6 +20,7 @@ import torch
 
 import sentfast
 from sentfast import native, registry, search
+from sentfast.search import segments
 
 METRICS = ("cos", "dot", "euclidean")
 
@@ -74,6 +75,32 @@ def test_topk(metric, k):
         assert corpus.stats == result.stats
         again = search.topk(queries, corpus, k)
         assert torch.equal(again.indices, result.indices) and corpus.stats.pairs == 2 * 33 * 150
+
+
+def test_new_tensors_are_on_the_device_of_the_rows():
+    """Every tensor made on the way is given a device: the default one has no memory here."""
+    queries, rows = torch.randn(30, 20), rows_with_ties()
+    positives = [[i] for i in range(30)]
+
+    def everything() -> list:
+        corpus = search.Corpus(rows[:70])
+        corpus.append(rows[70:])
+        two = search.Corpus.for_one_search(rows[:100], 1)
+        two.segments.append(segments.segment(rows[100:], None, 100))
+        found = []
+        for one in (corpus, two):
+            found += [*one.topk(queries, 5, exclude_self=True, ceiling=0.5), one.rows([3, 140])]
+            found += [*one.topk(queries, 5, exclude=positives, threshold=0.1, ceiling=[0.5] * 30)]
+            found += search.pairs_above(queries, one, threshold=0.3)[:3]
+            found += search.pairs_above(one, threshold=0.3)[:3]
+            found += [search.count_above(queries, one, threshold=0.3)]
+            found += search.top_pairs(one, 40)[:3]
+            found += search.hard_negatives(queries, one, positives, 4, absolute_margin=0.1)
+        return found
+
+    with torch.device("meta"):
+        without = everything()
+    assert all(torch.equal(a, b) for a, b in zip(without, everything(), strict=True))
 
 
 FORMS = {
@@ -182,7 +209,7 @@ WRONG = {
         lambda q, x: search.topk({}, x, 1),
     ),
     "sparse": (TypeError, "corpus: expected dense rows", lambda q, x: search.topk(q, x.to_sparse(), 1)),
-    "device": (ValueError, "corpus: expected rows in the CPU's memory", lambda q, x: search.topk(q, x.to("meta"), 1)),
+    "device": (ValueError, "corpus: expected rows on a device of", lambda q, x: search.topk(q, x.to("meta"), 1)),
     "metric": (ValueError, "metric: expected one of", lambda q, x: search.topk(q, x, 1, metric="cosine")),
     "precision": (ValueError, "precision: expected one of", lambda q, x: search.Corpus(x, "int4")),
     "NaN threshold": (

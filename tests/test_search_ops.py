@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from backends import BACKENDS, Backend
 from torch import Tensor
 
-from sentfast import registry
+from sentfast import native, registry
 from sentfast.ops import search
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
@@ -20,10 +21,13 @@ INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(autouse=True)
-def cpu_only(request: pytest.FixtureRequest) -> None:
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors are on the device of the backend."""
     backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if backend is not None and backend.name not in ("reference", "cpu"):
-        pytest.skip(f"search has no kernel on {backend}")
+    if backend is not None and backend.name == "cuda":
+        pytest.skip("search has no kernels in CUDA C++")
+    with torch.device(backend.device if backend is not None else "cpu"):
+        yield
 
 
 # ---- data ----
@@ -64,6 +68,7 @@ KINDS: dict[str, Callable[[int, int], Tensor]] = {
     "odd": with_odd_rows,
 }
 SHAPES = ((1, 1, 1), (64, 3, 7), (333, 1, 4), (700, 70, 13), (1500, 384, 3), (130, 1030, 20))
+SMALL_SHAPES = ((1, 1, 1), (333, 5, 3), (200, 40, 33))  # for the interpreter
 
 
 def draws(queries: int, rows: int, dim: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -101,7 +106,7 @@ def true_topk(scores: Tensor, k: int, allowed: Tensor) -> tuple[Tensor, Tensor]:
 
 def assert_scores(got: Tensor, want: Tensor, what: str) -> None:
     """Equal, or neighbours: a sum in another order may fall on the other side of a rounding."""
-    up, down = torch.nextafter(want, torch.tensor(INF)), torch.nextafter(want, torch.tensor(-INF))
+    up, down = (torch.nextafter(want, torch.full_like(want, limit)) for limit in (INF, -INF))
     assert ((got == want) | (got == up) | (got == down)).all(), what
 
 
@@ -115,10 +120,10 @@ def packs(corpus: Tensor) -> tuple[search.Packed | None, ...]:
 @every_metric
 @every_backend
 def test_topk(backend: Backend, metric: str) -> None:
-    for rows, dim, count in SHAPES:
+    for rows, dim, count in SMALL_SHAPES if backend.interpreted else SHAPES:
         for name, queries, corpus in draws(count, rows, dim):
             scores = true_scores(queries, corpus, metric)
-            for packed, k in itertools.product(packs(corpus), {1, min(10, rows), rows}):
+            for packed, k in itertools.product(packs(corpus), {1, min(5, rows), rows}):
                 what = f"{name} {rows} x {dim}, {count} queries, k = {k}, {'codes' if packed else 'rows'}"
                 with backend.forced("search_topk"):
                     found = search.topk(queries, corpus, packed, k=k, metric=metric)
@@ -162,7 +167,7 @@ def test_topk_within_limits(backend: Backend, metric: str) -> None:
 @every_metric
 @every_backend
 def test_pairs_and_counts(backend: Backend, metric: str) -> None:
-    for rows, dim, count in ((1, 1, 1), (200, 17, 50), (700, 64, 3)):
+    for rows, dim, count in ((1, 1, 1), (200, 17, 5 if backend.interpreted else 50), (700, 64, 3)):
         for name, queries, corpus in draws(count, rows, dim):
             scores = true_scores(queries, corpus, metric)
             # Thresholds that are scores: pairs on them count.
@@ -214,6 +219,108 @@ def test_no_queries(backend: Backend) -> None:
 
 
 # ---- the first pass ----
+
+
+def triton_search(monkeypatch: pytest.MonkeyPatch, backend: Backend, **changed: float) -> None:
+    """Sets what decides where the Triton kernels give up, and in what steps they work."""
+    if backend.name != "triton":
+        pytest.skip("of the Triton kernels")
+    native.load_triton()
+    module = importlib.import_module("sentfast.kernels.search")
+    for name, value in changed.items():
+        monkeypatch.setattr(module, name, value)
+
+
+@every_metric
+@every_backend
+def test_blocks_in_small_steps(backend: Backend, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks are undecided: exact scores by blocks, of a few queries and a few blocks at a time."""
+    triton_search(monkeypatch, backend, _DENSE=2.0, _BOUNDS=100, _SCORES=256)
+    rows, count = 120, 5
+    for name, queries, corpus in draws(count, rows, 9):
+        if name not in ("random", "duplicates", "scaled", "odd"):
+            continue
+        scores = true_scores(queries, corpus, metric)
+        some = scores.nan_to_num(0, 1, -1)
+        excluded = torch.rand(count, rows) < 0.03
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), excluded.sum(1).cumsum(0)])
+        highest = some.quantile(0.9, dim=1)
+        limits = {"highest": highest, "excluded": (offsets, excluded.nonzero()[:, 1])}
+        allowed = ~excluded & (scores <= highest.unsqueeze(1))
+        lowest = some.quantile(0.95, dim=1)
+        for packed in packs(corpus):
+            with backend.forced("search_topk", "search_pairs", "search_count"):
+                found = search.topk(queries, corpus, packed, k=5, metric=metric, **limits)
+                pairs = search.pairs_above(queries, corpus, packed, threshold=lowest, metric=metric)
+                counts = search.count_above(queries, corpus, packed, threshold=lowest, metric=metric)
+            want, ids = true_topk(scores, 5, allowed)
+            assert torch.equal(found.ids, ids), name
+            assert_scores(found.scores, want, name)
+            assert found.statistics.nans == (scores.isnan() & ~excluded).sum(), name
+            reach = scores >= lowest.unsqueeze(1)
+            assert torch.equal(pairs.offsets.diff(), reach.sum(1)), name
+            assert torch.equal(pairs.ids, reach.nonzero()[:, 1]), name
+            assert torch.equal(counts.counts, reach.sum(1)), name
+            for done in (found, pairs, counts):
+                assert done.statistics.fallbacks == 0, name
+                assert done.statistics.pairs == count * rows, name
+            assert pairs.statistics.nans == counts.statistics.nans == scores.isnan().sum(), name
+
+
+@every_metric
+@every_backend
+def test_bounds_of_blocks_hold(backend: Backend, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every pair, with operands cut as the tensor cores may cut them: the interpreter does not."""
+    triton_search(monkeypatch, backend)
+    tiles = importlib.import_module("sentfast.kernels.search_tiles")
+    number, rows = search.METRICS[metric], 200
+
+    def cut(x: Tensor) -> Tensor:
+        return (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+    for name, queries, corpus in draws(5, rows, 24):
+        exact = true_scores(queries, corpus, metric).nan_to_num(-INF, INF, -INF)
+        for packed in packs(corpus):
+            shared = tiles.prepare(corpus, *(packed or (None, None, None)), number, 1)
+            if packed is None:
+                factors = tiles._query_factors(queries, shared)[1]
+                given = cut(queries), factors
+                monkeypatch.setattr(tiles, "_query_factors", lambda *_, given=given: given)
+                lower, upper = tiles.bounds(queries, shared._replace(values=cut(corpus)), None, True)
+                monkeypatch.undo()
+            else:
+                lower, upper = tiles.bounds(queries, shared, None, True)
+            padded = torch.nn.functional.pad(exact, (0, shared.blocks * shared.block - rows), value=-INF)
+            best = padded.unflatten(1, (-1, shared.block)).amax(-1)
+            assert (lower <= best).all() and (best <= upper).all(), name
+            if name == "random":
+                assert (upper - lower).mean() < 0.2 * (1 + best.abs().mean()), name
+
+
+@every_backend
+def test_blocks_leave_out_most_rows(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_search(monkeypatch, backend)
+    corpus, queries = torch.randn(1500, 150), torch.randn(4, 150)
+    scores = true_scores(queries, corpus, "cos")
+    for packed, k in itertools.product(packs(corpus), (1, 3)):  # blocks of 64 rows and of 16
+        with backend.forced("search_topk"):
+            found = search.topk(queries, corpus, packed, k=k)
+        assert torch.equal(found.ids, true_topk(scores, k, torch.ones_like(scores, dtype=torch.bool))[1])
+        assert found.statistics.scored < 0.2 * found.statistics.pairs
+        assert found.statistics.fallbacks == 0
+
+
+@every_backend
+def test_join_in_small_steps(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_search(monkeypatch, backend, _DENSE=2.0, _BOUNDS=130)
+    corpus = clusters(200, 9)
+    want = (true_scores(corpus, corpus, "cos") >= 0.9).triu(1)[30:]
+    for packed in packs(corpus):
+        with backend.forced("search_pairs"):
+            found = search.pairs_above(corpus[30:], corpus, packed, threshold=0.9, first=30)
+        assert torch.equal(found.offsets.diff(), want.sum(1))
+        assert torch.equal(found.ids, want.nonzero()[:, 1])
+        assert found.statistics.pairs == 170 * 169 // 2
 
 
 @every_backend

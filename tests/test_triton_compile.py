@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from sentfast.reference import ACTIVATIONS
+from sentfast.reference import ACTIVATIONS, search
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "triton_resources.json"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block can have
@@ -33,6 +33,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -78,6 +79,25 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
     yield from loss_calls(many)
     yield from layer_calls(dtype)
     yield from attention_calls(dtype)
+    if dtype == torch.bfloat16:  # for every GPU
+        yield from search_calls()
+
+
+def search_calls() -> Iterator[tuple[str, str, tuple]]:
+    """Of rows and of codes, for few queries and for many; rows are float32 whatever the dtype of the others."""
+    corpus = torch.randn(4096, COLUMNS)
+    packed = search.search_pack(corpus)
+    for metric, name in enumerate(("cos", "dot", "euclidean")):
+        for count in (8, 256) if metric == COSINE else (256,):
+            queries, limits = corpus[:count], torch.zeros(count)
+            for label, given in (("float32 rows", (None, None, None)), ("codes", packed)):
+                label = f"{name}, {count} queries, {label}"
+                yield label, "search_topk", (queries, corpus, *given, 10, metric, None, None, None, None)
+                if metric == COSINE:
+                    limited = (queries, corpus, *given, 100, metric, None, limits, None, None)
+                    yield f"{label}, limited", "search_topk", limited
+                    yield label, "search_pairs", (queries, corpus, *given, limits, metric, 0)
+                    yield label, "search_count", (queries, corpus, *given, limits, metric)
 
 
 def loss_calls(many: torch.Tensor) -> Iterator[tuple[str, str, tuple]]:
@@ -200,6 +220,8 @@ def compile_all() -> dict[str, Any]:
                 kernels.add(name)
                 setattr(module, name, Recorder(value, launches))
 
+    # No kernel runs, so the bounds that it would have written decide nothing.
+    sys.modules["sentfast.kernels.search"]._DENSE = 2.0
     resources, launched = {}, set()
     for dtype, cc in TARGETS:
         for label, name, args in calls(dtype):

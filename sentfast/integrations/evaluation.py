@@ -71,8 +71,8 @@ def _search(
     hits: dict[str, _Hits],
 ) -> str:
     """Fills `hits`, or says why the original has to do it."""
-    place = torch.empty(len(by_id), dtype=torch.int64)
-    place[torch.tensor(by_id, dtype=torch.int64)] = torch.arange(len(by_id))
+    place = torch.empty(len(by_id), dtype=torch.int64, device="cpu")
+    place[torch.tensor(by_id, dtype=torch.int64, device="cpu")] = torch.arange(len(by_id), device="cpu")
     size, step = len(evaluator.corpus), evaluator.corpus_chunk_size
     for start in trange(0, size, step, desc="Corpus Chunks", disable=not evaluator.show_progress_bar):
         end = min(start + step, size)
@@ -93,7 +93,7 @@ def _search(
             scores, indices, stats = segments.topk(corpus.segments, wanted, k, metric)
             if stats.nans:
                 return "SF128"
-            hits[name].add(scores, ordered[indices])
+            hits[name].add(scores.cpu(), ordered[indices.cpu()])
     return ""
 
 
@@ -131,7 +131,8 @@ class _Hits:
 
     def __init__(self, queries: int, k: int):
         self.k = k
-        self._scores, self._places = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
+        self._scores = torch.empty(queries, 0, device="cpu")
+        self._places = self._scores.long()
 
     def add(self, scores: Tensor, places: Tensor) -> None:
         scores, places = torch.cat([self._scores, scores], dim=1), torch.cat([self._places, places], dim=1)

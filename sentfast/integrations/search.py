@@ -78,8 +78,8 @@ def _likely_limit(chunks: list[Segment], rows: Tensor, max_pairs: int, top_k: in
     """A score that more than max_pairs pairs will reach, going by a sample of the rows; -inf where that is unclear."""
     if len(rows) < 8 * _SAMPLE or len(chunks) > 1:
         return -math.inf
-    sample = torch.linspace(0, len(rows) - 1, _SAMPLE).long()
-    own = torch.arange(_SAMPLE + 1), sample
+    sample = torch.linspace(0, len(rows) - 1, _SAMPLE, device=rows.device).long()
+    own = torch.arange(_SAMPLE + 1, device=rows.device), sample
     k = min(top_k, len(rows) - 1)
     scores, _, _ = segments.topk(chunks, rows[sample], k, metric, excluded=own)
     # Each pair may stand in two rows.
@@ -94,11 +94,12 @@ def _mine(pairs: BestPairs, segment: Segment, rows: Tensor, top_k: int, metric: 
     height = max(64, min(_ROWS_AT_ONCE, _PAIRS_AT_ONCE // max(1, k)))
     for start in range(0, len(rows) if k else 0, height):
         queries = rows[start : start + height]
-        own = (torch.arange(len(queries) + 1), torch.arange(start, start + len(queries))) if pairs.once else None
+        number = torch.arange(len(queries) + 1, device=rows.device)
+        own = (number, number[:-1] + start) if pairs.once else None
         scores, indices, stats = segments.topk([segment], queries, k, metric, threshold=pairs.limit, excluded=own)
         if stats.nans:
             return False
-        pairs.add(start, scores.numpy(), indices.numpy())
+        pairs.add(start, scores.cpu().numpy(), indices.cpu().numpy())
     return True
 
 
@@ -115,12 +116,12 @@ def community_detection(
             return []
         min_community_size = len(rows)
     found = _packed(rows, len(rows))
-    limit = torch.tensor(threshold, dtype=torch.float32).item()
+    limit = torch.tensor(threshold, dtype=torch.float32, device="cpu").item()
     text = "Finding clusters" if show_progress_bar else ""
     counts, stats = segments.count_above(found, rows, limit, "cos", text)
     if stats.nans:
         return "SF128"
-    return _communities(version, found, rows, counts.numpy(), limit, min_community_size)
+    return _communities(version, found, rows, counts.cpu().numpy(), limit, min_community_size)
 
 
 def _communities(
@@ -139,13 +140,13 @@ def _communities(
         if not len(batch):
             break
         queries = rows[torch.from_numpy(batch)]
-        lengths, indices, scores, _ = segments.pairs_above(found, queries, limit, "cos")
-        ends = np.concatenate([[0], np.cumsum(lengths.numpy())])
+        lengths, indices, scores = (x.cpu().numpy() for x in segments.pairs_above(found, queries, limit, "cos")[:3])
+        ends = np.concatenate([[0], np.cumsum(lengths)])
         for center, start, end in zip(batch.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             if version.pairs_once and used[center]:
                 continue
-            order = np.argsort(-scores[start:end].numpy(), kind="stable")
-            members = indices[start:end].numpy()[order]
+            order = np.argsort(-scores[start:end], kind="stable")
+            members = indices[start:end][order]
             members = members[~used[members]]
             if len(members) < least:
                 continue
@@ -181,6 +182,8 @@ def operands(version: Version, queries: Any, corpus: Any) -> tuple[str, Any, Any
     if reason:
         return reason, queries, corpus
     reason, corpus = _rows(version, corpus)
+    if not reason and queries.device != corpus.device:
+        reason = "SF103"
     if not reason and queries.shape[1] != corpus.shape[1]:
         reason = "SF107"
     return reason, queries, corpus
@@ -191,14 +194,14 @@ def _rows(version: Version, x: Any, dtype: torch.dtype | None = None, vector: bo
         x = version.to_tensor(x)
     elif isinstance(x, list) and x and all(type(row) is Tensor and row.shape == x[0].shape for row in x):
         x = torch.stack(x)
-    reason = guards.tensor(x) or ("" if x.is_cpu else "SF103")
+    reason = guards.tensor(x)
     if reason:
         return reason, x
     if dtype is not None and x.dtype != dtype:
         return "SF102", x
     if x.dtype in guards.HALF and not version.scores_float32:
         return "SF109", x
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(x.device.type):
         return "SF116", x
     x = x.detach().float()
     if vector and x.ndim == 1:

@@ -254,8 +254,8 @@ def topk(
 
     Returns:
         :class:`TopK`. A pair whose score is NaN is below every other: it is never in the result, only in the
-        statistics. Memory beyond inputs and result stays below 64 MB; a call cannot be interrupted, so callers with
-        many queries pass some at a time (1024 keep every core busy).
+        statistics. Memory beyond inputs and result stays below 64 MB, on a GPU below 256 MB; a call cannot be
+        interrupted, so callers with many queries pass some at a time (1024 keep every core busy).
 
     Gradients: none. Errors: wrong dtypes, shapes, devices, k outside 1 to N, NaN limits.
 

@@ -33,10 +33,10 @@ def rows(name: str, x: Any) -> Tensor:
     return found
 
 
-def queries(x: Any, columns: int) -> Tensor:
+def queries(x: Any, columns: int, device: torch.device) -> Tensor:
     found = inputs.matrix("queries", x)
     inputs.same_columns("queries", found, "the corpus", columns)
-    return found
+    return inputs.on_device("queries", found, x, device)
 
 
 def wants_numpy(x: Any) -> bool:
@@ -56,19 +56,21 @@ def names(ids: Any, count: int, others: Sequence[Any] | None = None) -> list[Any
     return found
 
 
-def ceiling(value: Any, count: int) -> Tensor | None:
+def ceiling(value: Any, count: int, device: torch.device) -> Tensor | None:
     """The highest score that is let in: a number or one for each query."""
     if value is None:
         return None
     if isinstance(value, (int, float)):
-        return torch.full((count,), inputs.number("ceiling", value))
-    found = torch.as_tensor(value, dtype=torch.float32)
+        return torch.full((count,), inputs.number("ceiling", value), device=device)
+    found = torch.as_tensor(value, dtype=torch.float32, device=device)
     if found.shape != (count,):
         raise ValueError(f"ceiling: expected a number or shape [{count}], got shape {list(found.shape)}")
     return found
 
 
-def excluded(exclude: Any, exclude_self: bool, count: int, corpus: int) -> tuple[Tensor, Tensor] | None:
+def excluded(
+    exclude: Any, exclude_self: bool, count: int, corpus: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
     """Rows that are left out per query, as offsets [Q + 1] and rising ids."""
     if exclude is None and not exclude_self:
         return None
@@ -77,11 +79,11 @@ def excluded(exclude: Any, exclude_self: bool, count: int, corpus: int) -> tuple
         if count > corpus:
             raise ValueError(f"exclude_self: expected at most the {corpus} rows of the corpus as queries, got {count}")
         if exclude is None:
-            return torch.arange(count + 1), torch.arange(count)
+            return torch.arange(count + 1, device=device), torch.arange(count, device=device)
         lists = [[*row, number] for number, row in enumerate(lists)]
     lists = [sorted(set(row)) for row in lists]
-    lengths = torch.tensor([0, *map(len, lists)])
-    ids = torch.tensor([index for row in lists for index in row], dtype=torch.int64)
+    lengths = torch.tensor([0, *map(len, lists)], device=device)
+    ids = torch.tensor([index for row in lists for index in row], dtype=torch.int64, device=device)
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= corpus):
         raise ValueError(f"exclude: expected rows 0 to {corpus - 1}, got {int(ids.min())} to {int(ids.max())}")
     return lengths.cumsum(0), ids

@@ -22,7 +22,8 @@ class Corpus:
 
     Args:
         embeddings: [N, D] of float32, float16 or bfloat16, as tensor, array or list; N >= 1. float32 rows are kept as
-            they are, not copied: do not change them. They may be a memory map larger than the memory.
+            they are, not copied: do not change them. They may be a memory map larger than the memory. Tensors on a
+            GPU are searched there.
         precision: "int8" for a first pass over a packed copy (D + 16 bytes per row), or "fp32" for none.
         ids: a name for each row, whole numbers or texts; see :meth:`names`.
         metric: "cos", "dot" or "euclidean" (:math:`-\lVert q - k \rVert`), unless a search says another.
@@ -65,6 +66,11 @@ class Corpus:
         return self.segments[0].rows.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where the rows are and the results will be."""
+        return self.segments[0].rows.device
+
+    @property
     def ids(self) -> list[Any] | None:
         return None if self._ids is None else list(self._ids)
 
@@ -85,6 +91,7 @@ class Corpus:
         """Adds rows at the end. Short segments are packed again together, so many small additions stay fast."""
         rows = arguments.rows("embeddings", embeddings)
         inputs.same_columns("embeddings", rows, "the corpus", self.dim)
+        rows = inputs.on_device("embeddings", rows, embeddings, self.device)
         if (ids is None) != (self._ids is None):
             raise ValueError(f"ids: expected {'none' if self._ids is None else 'one for each row'}, as the corpus has")
         new = arguments.names(ids, len(rows), self._ids) if ids is not None and self._ids is not None else []
@@ -117,7 +124,7 @@ class Corpus:
         progress: bool = False,
     ) -> TopK:
         """The k best rows for each query; see :func:`sentfast.search.topk`."""
-        wanted = arguments.queries(queries, self.dim)
+        wanted = arguments.queries(queries, self.dim, self.device)
         k = inputs.whole("k", k, 1, len(self))
         self.check()
         scores, indices, stats = segments.topk(
@@ -126,8 +133,8 @@ class Corpus:
             k,
             self.metric_of(metric),
             threshold=None if threshold is None else inputs.number("threshold", threshold),
-            highest=arguments.ceiling(ceiling, len(wanted)),
-            excluded=arguments.excluded(exclude, exclude_self, len(wanted), len(self)),
+            highest=arguments.ceiling(ceiling, len(wanted), self.device),
+            excluded=arguments.excluded(exclude, exclude_self, len(wanted), len(self), self.device),
             progress="Searching" if progress else "",
         )
         self.check()
@@ -141,7 +148,7 @@ class Corpus:
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Rows by their numbers, float32 [len(indices), D]; a copy."""
-        found = torch.empty(len(indices), self.dim)
+        found = torch.empty(len(indices), self.dim, device=self.device)
         for place, index in enumerate(indices):
             index = inputs.whole("indices", index, 0, len(self) - 1)
             segment = next(segment for segment in reversed(self.segments) if segment.first <= index)
@@ -151,11 +158,11 @@ class Corpus:
     def blocks(self, queries: Tensor | None, progress: str = "") -> Iterator[tuple[Tensor, int | None]]:
         """The queries of one operator call after the other, or all own rows with the number of the first of them."""
         if queries is not None:
-            for part in segments.slices(len(queries), len(self), self.dim, progress):
+            for part in segments.slices(queries, len(self), progress):
                 yield queries[part], None
             return
         for segment in self.segments:
-            for part in segments.slices(len(segment.rows), len(self), self.dim, progress):
+            for part in segments.slices(segment.rows, len(self), progress):
                 yield segment.rows[part], segment.first + part.start
 
     def check(self) -> None:
@@ -171,9 +178,9 @@ class Corpus:
         self.check()
         tensors: dict[str, Tensor] = {}
         for number, segment in enumerate(self.segments):
-            tensors[f"rows.{number}"] = segment.rows
+            tensors[f"rows.{number}"] = segment.rows.cpu()
             if segment.packed is not None:
-                tensors.update({f"{name}.{number}": part for name, part in segment.packed._asdict().items()})
+                tensors.update({f"{name}.{number}": part.cpu() for name, part in segment.packed._asdict().items()})
         tensors.update(_names_to_tensors(self._ids))
         about = {"precision": self.precision, "metric": self.metric, "segments": str(len(self.segments))}
         files.write(path, tensors, about)

@@ -13,7 +13,6 @@ from sentfast.search.corpus import Corpus
 from sentfast.search.results import Pairs, Stats, TopK
 
 Metric = Literal["cos", "dot", "euclidean"]
-_NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 def topk(
@@ -34,7 +33,8 @@ def topk(
     :math:`-|q - r|`, summed in float64 over the float32 rows and rounded once to float32. No score matrix is held.
 
     Args:
-        queries: [Q, D] of float32, float16 or bfloat16, as tensor, array or list; one vector is one query.
+        queries: [Q, D] of float32, float16 or bfloat16, as tensor, array or list; one vector is one query. A tensor is
+            on the corpus's device, the CPU or a GPU.
         corpus: [N, D] as queries, or a :class:`Corpus`, which is packed once for many searches.
         k: 1 to N.
         metric: "cos", "dot" or "euclidean"; None for "cos", or for the metric of the :class:`Corpus`.
@@ -46,7 +46,7 @@ def topk(
 
     Returns:
         ``(scores, indices)``, float32 and int64 [Q, k]; places without a row hold -inf and -1. Arrays where the queries
-        are an array, else tensors. ``.stats`` is the :class:`Stats`.
+        are an array, else tensors on the corpus's device. ``.stats`` is the :class:`Stats`.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or range; the message names it.
@@ -83,8 +83,9 @@ def pairs_above(
     """
     limit = inputs.number("threshold", threshold)
     within = searched(queries if corpus is None else corpus, len(queries))
-    wanted = None if corpus is None else arguments.queries(queries, within.dim)
-    counts, rows, scores = [torch.zeros(1, dtype=torch.int64)], [_NO_ROWS], [torch.empty(0)]
+    wanted = None if corpus is None else arguments.queries(queries, within.dim, within.device)
+    none = torch.empty(0, dtype=torch.int64, device=within.device)
+    counts, rows, scores = [none.new_zeros(1)], [none], [none.float()]
     stats = Stats()
     for part, first in within.blocks(wanted, "Pairing" if progress else ""):
         number, found, values, done = segments.pairs_above(
@@ -106,13 +107,13 @@ def count_above(
     within = searched(corpus, len(queries))
     counts, stats = segments.count_above(
         within.segments,
-        arguments.queries(queries, within.dim),
+        arguments.queries(queries, within.dim, within.device),
         inputs.number("threshold", threshold),
         within.metric_of(metric),
         "Counting" if progress else "",
     )
     within.stats += stats
-    return counts.numpy() if arguments.wants_numpy(queries) else counts
+    return counts.cpu().numpy() if arguments.wants_numpy(queries) else counts
 
 
 def hard_negatives(
@@ -139,7 +140,8 @@ def hard_negatives(
 
     Returns, raises: as :func:`topk`. Follows ``sentence_transformers.util.mine_hard_negatives``.
     """
-    ceiling = torch.full((len(queries),), float("inf") if max_score is None else inputs.number("max_score", max_score))
+    most = float("inf") if max_score is None else inputs.number("max_score", max_score)
+    ceiling = torch.full((len(queries),), most, device="cpu")
     if absolute_margin is not None or relative_margin is not None:
         lowest = _positive_scores(queries, corpus, positives, metric)
         if absolute_margin is not None:
@@ -160,13 +162,13 @@ def hard_negatives(
 
 
 def _positive_scores(queries: Any, corpus: Any, positives: Any, metric: str | None) -> Tensor:
-    """The lowest score of each query with its positives; infinite where it has none."""
+    """The lowest score of each query with its positives, on the CPU; infinite where it has none."""
     within = searched(corpus, 0)
-    wanted = arguments.queries(queries, within.dim)
-    right = arguments.excluded(positives, False, len(wanted), len(within))
+    wanted = arguments.queries(queries, within.dim, within.device)
+    right = arguments.excluded(positives, False, len(wanted), len(within), torch.device("cpu"))
     assert right is not None
     offsets, ids = (x.tolist() for x in right)
-    lowest = torch.full((len(wanted),), float("inf"))
+    lowest = torch.full((len(wanted),), float("inf"), device="cpu")
     for number, start in enumerate(offsets[:-1]):
         rows = within.rows(ids[start : offsets[number + 1]])
         if len(rows):

@@ -1,4 +1,4 @@
-"""Arrays, tensors and lists become float32 matrices on the CPU, exactly or not at all."""
+"""Arrays, tensors and lists become float32 matrices, exactly or not at all."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+DEVICES = ("cpu", "cuda")
 
 
 def matrix(name: str, x: Any) -> Tensor:
-    """x as float32 [N, D] on the CPU; a view where it is one already. One vector counts as a matrix of one row."""
+    """x as float32 [N, D]; a view where it is one already. One vector counts as a matrix of one row."""
     rows = _tensor(name, x)
     if rows.layout != torch.strided:
         raise TypeError(f"{name}: expected dense rows, got layout {rows.layout}")
-    if not rows.is_cpu:
-        raise ValueError(f"{name}: expected rows in the CPU's memory, got a tensor on {rows.device}")
+    if rows.device.type not in DEVICES:
+        raise ValueError(f"{name}: expected rows on a device of {DEVICES}, got a tensor on {rows.device}")
     if rows.dtype in HALF:
         rows = rows.float()
     if rows.dtype != torch.float32:
@@ -63,6 +64,13 @@ class _Writable:
     def __init__(self, x: np.ndarray):
         self.array = x
         self.__array_interface__ = {**x.__array_interface__, "data": (x.__array_interface__["data"][0], False)}
+
+
+def on_device(name: str, rows: Tensor, given: Any, device: torch.device) -> Tensor:
+    """The rows made of `given`, on the device of the corpus: arrays and lists go there, tensors have to be there."""
+    if isinstance(given, Tensor) and rows.device != device:
+        raise ValueError(f"{name}: expected the device of the corpus ({device}), got a tensor on {rows.device}")
+    return rows.to(device)
 
 
 def same_columns(name: str, x: Tensor, other_name: str, columns: int) -> None:

@@ -39,7 +39,7 @@ def top_pairs(corpus: Any, count: int, *, metric: Metric | None = None, progress
     aim, stats = _MARGIN, Stats()
     while True:
         limit = _estimate(within, wanted, count, aim)
-        pool = _Pool(count, limit)
+        pool = _Pool(count, limit, within.device)
         for rows, first in _blocks(within, pool, progress):
             found = segments.pairs_above(within.segments, rows, pool.limit, wanted, first=first)
             stats += found[-1]
@@ -55,9 +55,10 @@ def top_pairs(corpus: Any, count: int, *, metric: Metric | None = None, progress
 class _Pool:
     """The best pairs so far, and the score that another one has to reach."""
 
-    def __init__(self, count: int, limit: float):
+    def __init__(self, count: int, limit: float, device: torch.device):
         self.count, self.limit = count, limit
-        self._scores, self._first, self._second = torch.empty(0), torch.empty(0).long(), torch.empty(0).long()
+        self._scores = torch.empty(0, device=device)
+        self._first, self._second = self._scores.long(), self._scores.long()
         self.last = 0  # pairs that the last rows brought
         self.last_rows = 0
 
@@ -67,7 +68,7 @@ class _Pool:
     def add(self, first: int, counts: Tensor, rows: Tensor, scores: Tensor) -> None:
         """Pairs of rows after those of all earlier calls: among equal scores the earlier pairs come first."""
         self.last, self.last_rows = len(rows), len(counts)
-        own = torch.repeat_interleave(torch.arange(first, first + len(counts)), counts)
+        own = torch.repeat_interleave(torch.arange(first, first + len(counts), device=counts.device), counts)
         self._scores = torch.cat([self._scores, scores])
         self._first, self._second = torch.cat([self._first, own]), torch.cat([self._second, rows])
         if len(self._scores) > self.count + min(self.count, _PAIRS_AT_ONCE):
@@ -78,7 +79,7 @@ class _Pool:
         if len(order) == self.count:
             # A later pair of the same score would come after all of these.
             last = self._scores[order[-1]]
-            self.limit = max(self.limit, float(torch.nextafter(last, torch.tensor(float("inf")))))
+            self.limit = max(self.limit, float(torch.nextafter(last, torch.full_like(last, float("inf")))))
         order = order.sort().values  # by row again
         self._scores, self._first, self._second = self._scores[order], self._first[order], self._second[order]
 
@@ -90,7 +91,7 @@ class _Pool:
 def _blocks(within: Corpus, pool: _Pool, progress: bool):
     """Rows with the number of the first of them: as many as bring pairs for one block, going by the last ones."""
     bar = segments.bar(len(within), "Pairing") if progress else None
-    most = segments.height(len(within), within.dim)
+    most = segments.height(len(within), within.dim, within.device)
     try:
         for segment in within.segments:
             start = 0
@@ -115,9 +116,9 @@ def _estimate(within: Corpus, metric: str, count: int, aim: float) -> float:
     k = min(size, int(4 * places / sample) + 33)
     if places >= sample * (size - 1) * 0.5 or k * sample > _PAIRS_AT_ONCE:
         return -float("inf")
-    numbers = torch.linspace(0, size - 1, sample).long().tolist()
-    queries = within.rows(numbers)
-    own = torch.arange(sample + 1), torch.tensor(numbers)
+    numbers = torch.linspace(0, size - 1, sample, device=within.device).long()
+    queries = within.rows(numbers.tolist())
+    own = torch.arange(sample + 1, device=within.device), numbers
     scores, _, _ = segments.topk(within.segments, queries, k, metric, excluded=own)
     ordered = scores.flatten().sort(descending=True).values
     return float(ordered[min(int(places), len(ordered) - 1)])

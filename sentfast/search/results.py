@@ -72,7 +72,7 @@ class TopK(tuple):
         return self[1]
 
     def numpy(self) -> TopK:
-        return TopK(self.scores.numpy(), self.indices.numpy(), self.stats)
+        return TopK(self.scores.cpu().numpy(), self.indices.cpu().numpy(), self.stats)
 
 
 class Pairs(NamedTuple):
@@ -87,7 +87,8 @@ class Pairs(NamedTuple):
     stats: Stats
 
     def numpy(self) -> Pairs:
-        return Pairs(self.offsets.numpy(), self.indices.numpy(), self.scores.numpy(), self.stats)
+        offsets, indices, scores = (x.cpu().numpy() for x in self[:3])
+        return Pairs(offsets, indices, scores, self.stats)
 
 
 class TopPairs(NamedTuple):
@@ -102,7 +103,8 @@ class TopPairs(NamedTuple):
     stats: Stats
 
     def numpy(self) -> TopPairs:
-        return TopPairs(self.scores.numpy(), self.first.numpy(), self.second.numpy(), self.stats)
+        scores, first, second = (x.cpu().numpy() for x in self[:3])
+        return TopPairs(scores, first, second, self.stats)
 
 
 def best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from sentfast.ops import search as ops
 from sentfast.search.results import Stats, best
 
 _CALL_PRODUCTS = 1 << 37  # multiply-adds of one operator call: half a second or less, so that a search can be stopped
+_GPU_CALL_PRODUCTS = 1 << 42
 _LEAST_QUERIES = 256
 _WORTH_PACKING = 128  # queries from which on packing rows for one search pays
 _SMALL = 1 << 22  # products of a search too small for that
@@ -38,18 +39,18 @@ def segment(rows: Tensor, packed: ops.Packed | None, first: int = 0) -> Segment:
 
 
 def for_one_search(rows: Tensor, queries: int) -> Segment:
-    """Rows that are searched once: packed if that takes less time than it saves."""
-    many = queries >= _WORTH_PACKING and queries * rows.numel() >= _SMALL
+    """Rows that are searched once: packed if that takes less time than it saves, which it never does on a GPU."""
+    many = rows.is_cpu and queries >= _WORTH_PACKING and queries * rows.numel() >= _SMALL
     return segment(rows, ops.pack(rows) if many and rows.shape[1] <= ops.MOST_INT8_DIMENSIONS else None)
 
 
-def slices(queries: int, rows: int, columns: int, progress: str = "") -> Iterator[slice]:
+def slices(queries: Tensor, rows: int, progress: str = "") -> Iterator[slice]:
     """The queries of one operator call after the other. A KeyboardInterrupt is raised between two of them."""
-    step = height(rows, columns)
-    shown = bar(queries, progress) if progress else None
+    step = height(rows, queries.shape[1], queries.device)
+    shown = bar(len(queries), progress) if progress else None
     try:
-        for start in range(0, queries, step):
-            part = slice(start, min(start + step, queries))
+        for start in range(0, len(queries), step):
+            part = slice(start, min(start + step, len(queries)))
             yield part
             if shown is not None:
                 shown.update(part.stop - part.start)
@@ -58,9 +59,10 @@ def slices(queries: int, rows: int, columns: int, progress: str = "") -> Iterato
             shown.close()
 
 
-def height(rows: int, columns: int) -> int:
+def height(rows: int, columns: int, device: torch.device) -> int:
     """The most queries of one operator call."""
-    return max(_LEAST_QUERIES, _CALL_PRODUCTS // max(1, rows * columns))
+    products = _CALL_PRODUCTS if device.type == "cpu" else _GPU_CALL_PRODUCTS
+    return max(_LEAST_QUERIES, products // max(1, rows * columns))
 
 
 def bar(total: int, text: str) -> Any:
@@ -86,9 +88,10 @@ def topk(
     if len(segments) == 1 and len(queries) <= _LEAST_QUERIES and not progress:  # one call, in the fewest steps
         found, stats = _one(segments[0], queries, slice(0, len(queries)), k, metric, *limits)
         return *found, stats
-    scores, numbers = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    scores = queries.new_empty(len(queries), k)
+    numbers = torch.empty_like(scores, dtype=torch.int64)
     stats = Stats()
-    for part in slices(len(queries), _rows(segments), queries.shape[1], progress):
+    for part in slices(queries, _rows(segments), progress):
         best_yet: Found | None = None
         for one in segments:
             lowest = _lowest(threshold, part, best_yet, k)
@@ -164,7 +167,7 @@ def pairs_above(
 
     first: the queries are the rows from there on, within one segment, and only later rows are paired.
     """
-    counts = torch.zeros(len(queries), dtype=torch.int64)
+    counts = queries.new_zeros(len(queries), dtype=torch.int64)
     which, rows, scores, stats = [], [], [], Stats()
     for one in segments:
         own = None
@@ -177,7 +180,7 @@ def pairs_above(
         stats += Stats.of(found.statistics, one.bound)
         lengths = found.offsets.diff()
         counts += lengths
-        which.append(torch.repeat_interleave(torch.arange(len(queries)), lengths))
+        which.append(torch.repeat_interleave(torch.arange(len(queries), device=queries.device), lengths))
         rows.append(found.ids + one.first)
         scores.append(found.scores)
     if len(which) == 1:
@@ -190,8 +193,8 @@ def count_above(
     segments: list[Segment], queries: Tensor, threshold: float | Tensor, metric: str, progress: str = ""
 ) -> tuple[Tensor, Stats]:
     """The number of rows of at least `threshold` for each query, and the statistics."""
-    counts, stats = torch.zeros(len(queries), dtype=torch.int64), Stats()
-    for part in slices(len(queries), _rows(segments), queries.shape[1], progress):
+    counts, stats = queries.new_zeros(len(queries), dtype=torch.int64), Stats()
+    for part in slices(queries, _rows(segments), progress):
         limit = threshold[part] if isinstance(threshold, Tensor) else threshold
         for one in segments:
             found = ops.count_above(queries[part], one.rows, one.packed, threshold=limit, metric=metric)

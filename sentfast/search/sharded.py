@@ -47,13 +47,14 @@ class ShardedCorpus:
         unknown = options.keys() - {"metric", "threshold", "ceiling", "progress"}
         if unknown:
             raise TypeError(f"topk: unexpected {', '.join(sorted(unknown))}")
-        wanted = arguments.queries(queries, self.dim)
+        wanted = arguments.queries(queries, self.dim, self.corpus.device)
         k = inputs.whole("k", k, 1, len(self))
         local = self.corpus.topk(wanted, min(k, len(self.corpus)), **options)
         indices = torch.where(local.indices >= 0, local.indices + self.first, -1)
-        parts = _gathered((local.scores, indices, local.stats), self.group)
+        parts = _gathered((local.scores.cpu(), indices.cpu(), local.stats), self.group)
         scores, indices = best(torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1), k)
-        result = TopK(scores, indices, sum((p[2] for p in parts), Stats()))
+        device = self.corpus.device
+        result = TopK(scores.to(device), indices.to(device), sum((p[2] for p in parts), Stats()))
         return result.numpy() if arguments.wants_numpy(queries) else result
 
 
