@@ -31,7 +31,7 @@ demo: build  ## stock against accelerated on a real model
 
 test: build  ## every test: both generations of sentence-transformers, every CPU tier, Triton interpreted
 	SENTFAST_TEST_ST=6.2 $(PYTEST) -n 2
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py tests/test_edges.py tests/test_attention.py tests/test_cuda_encoder.py -k "triton_interpreted or not test_cuda_encoder"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py tests/test_edges.py tests/test_attention.py tests/test_cuda_encoder*.py -k "triton_interpreted or not test_cuda_encoder"
 	SENTFAST_TEST_ST=5.1 PYTHONPATH=$(CURDIR)/.venv/st5 $(PYTEST) -n 2 tests/test_drop_in.py tests/test_switch.py tests/test_drop_in_losses.py tests/test_drop_in_search.py
 
 lint: .venv/ready  ## ruff, clang-format, mypy
