@@ -12,6 +12,10 @@ from .activation import activate
 from .similarity import GROUP, MATRIX_TILES, matrix_mode
 from .triton_utils import INTERPRETED, grouped_tile, loop_bound, on_device
 
+# In half precision narrower than for scores. A sum over few features takes no longer than the activation after it, and
+# that runs beside the sums of the two other blocks which fit an SM.
+TILES = MATRIX_TILES | {"half": {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}}
+
 
 @triton.jit(do_not_specialize=["rows", "tiles_n", "tiles_m"])
 def _linear_kernel(
@@ -43,12 +47,15 @@ def _linear_kernel(
     lane = tl.arange(0, BLOCK_K)
     column = lane.to(tl.int64)
     x_tile = x + row[:, None] * x_row_stride + (column * x_column_stride)[None, :]
-    weight_tile = weight + feature[None, :] * weight_row_stride + (column * weight_column_stride)[:, None]
+    # Past the end the last feature is read again and not stored: no mask, fewer registers. Not so for x, whose last row
+    # would be most of what a short text reads.
+    weight_tile = weight + tl.minimum(feature, features - 1)[None, :] * weight_row_stride
+    weight_tile += (column * weight_column_stride)[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(0, loop_bound(columns), BLOCK_K):
         inside = lane < columns - block
         value = tl.load(x_tile, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        factor = tl.load(weight_tile, mask=(feature < features)[None, :] & inside[:, None], other=0.0)
+        factor = tl.load(weight_tile, mask=inside[:, None], other=0.0)
         if TO_FLOAT32:
             value = value.to(tl.float32)
             factor = factor.to(tl.float32)
@@ -69,7 +76,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     y = x.new_empty(rows, features)
     if y.numel():
         mode, to_float32 = matrix_mode(x, weight)
-        tile = MATRIX_TILES[mode]
+        tile = TILES[mode]
         tiles_n, tiles_m = triton.cdiv(rows, tile["BLOCK_N"]), triton.cdiv(features, tile["BLOCK_M"])
         with on_device(x):
             _linear_kernel[(tiles_n * tiles_m,)](
