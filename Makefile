@@ -8,6 +8,8 @@ ST5_NEEDS := requests==2.32.5 pillow==12.0.0
 CUDA ?= 0
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -p no:cacheprovider
+INTERPRETED := $(addprefix tests/test_,ops.py edges.py attention.py search_ops.py cuda_encoder.py)
+DROP_IN := $(addprefix tests/test_,drop_in.py switch.py drop_in_losses.py drop_in_search.py)
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,8 +33,8 @@ demo: build  ## stock against accelerated on a real model
 
 test: build  ## every test: both generations of sentence-transformers, every CPU tier, Triton interpreted
 	SENTFAST_TEST_ST=6.2 $(PYTEST) -n 2
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py tests/test_edges.py tests/test_attention.py tests/test_search_ops.py tests/test_cuda_encoder.py -k "triton_interpreted or not test_cuda_encoder"
-	SENTFAST_TEST_ST=5.1 PYTHONPATH=$(CURDIR)/.venv/st5 $(PYTEST) -n 2 tests/test_drop_in.py tests/test_switch.py tests/test_drop_in_losses.py tests/test_drop_in_search.py
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 $(INTERPRETED) -k "triton_interpreted or not test_cuda_encoder"
+	SENTFAST_TEST_ST=5.1 PYTHONPATH=$(CURDIR)/.venv/st5 $(PYTEST) -n 2 $(DROP_IN)
 
 lint: .venv/ready  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

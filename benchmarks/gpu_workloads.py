@@ -263,4 +263,51 @@ def _layer_rows() -> list[Workload]:
     return rows
 
 
-GPU_WORKLOADS = (*_attention_rows(), *_layer_rows())
+# ---- the up product of the feed-forward --------------------------------------------------------------------------
+
+APART = "product, then activation"
+
+
+def _up(tokens: int, hidden: int, dtype: torch.dtype) -> Callable[[torch.device, int, int], Inputs]:
+    def make(device: torch.device, shrink: int, seed: int) -> Inputs:
+        return {
+            "x": random(device, seed, rows_of(tokens, shrink), hidden).to(dtype),
+            "weight": (random(device, seed + 1000, 4 * hidden, hidden) * hidden**-0.5).to(dtype),
+            "bias": random(device, seed + 2000, 4 * hidden).to(dtype),
+        }
+
+    return make
+
+
+def _up_variants() -> dict[str, Variant]:
+    return {
+        OURS: Variant(lambda i: functional.linear_activation(i["x"], i["weight"], i["bias"])),
+        STOCK: Variant(lambda i: F.gelu(F.linear(i["x"], i["weight"], i["bias"]))),
+        APART: Variant(lambda i: functional.bias_activation(F.linear(i["x"], i["weight"]), i["bias"])),
+    }
+
+
+def _up_rows() -> list[Workload]:
+    """Both ways of the encoder, for `fuses_activation` to be set by: MiniLM and BERT-base, many tokens and few."""
+    sizes = [(tokens, hidden, torch.bfloat16) for hidden in (384, 768) for tokens in (16384, 256)]
+    sizes += [(tokens, 768, torch.float32) for tokens in (16384, 2048, 256)]
+    rows = []
+    for tokens, hidden, dtype in sizes:
+        kind = str(dtype).removeprefix("torch.")
+        rows.append(
+            Workload(
+                name=f"up_{hidden}_{kind}_{tokens}",
+                table="layers",
+                title=f"linear and GELU, {tokens:,} × {hidden} to {4 * hidden}, {kind}",
+                make=_up(tokens, hidden, dtype),
+                variants=_up_variants,
+                exact=lambda i: F.gelu(F.linear(i["x"].double(), i["weight"].double(), i["bias"].double())),
+                work=lambda i, kind=kind: {f"peak_{kind}": 2.0 * i["x"].numel() * len(i["weight"])},
+                targets={APART: 1.0},
+                gpu=True,
+            )
+        )
+    return rows
+
+
+GPU_WORKLOADS = (*_attention_rows(), *_layer_rows(), *_up_rows())

@@ -18,7 +18,7 @@ RELU = tl.constexpr(ACTIVATIONS.index("relu"))
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == GELU:
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == GELU_TANH:
@@ -72,7 +72,7 @@ def _activation_kernel(
     value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         value += tl.load(bias + lane, mask=lane < columns, other=0.0)[None, :]
-    value = _activate(value, ACTIVATION)
+    value = activate(value, ACTIVATION)
     tl.store(y + row[:, None] * columns + column, value.to(y.dtype.element_ty), mask=inside)
 
 

@@ -53,6 +53,7 @@ def _norm_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """total, mean and rstd are None where there is no gradient to come."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, BLOCK_D)
     column = lane.to(tl.int64)[None, :]
@@ -64,20 +65,63 @@ def _norm_kernel(
     if residual is not None:
         residual += batch_offset(row, size_1, size_2, residual_stride_0, residual_stride_1, residual_stride_2)[:, None]
         value += tl.load(residual + column * residual_column_stride, mask=inside, other=0.0).to(tl.float32)
-    # The statistics are those of the sum as it is stored, which is what the gradient reads.
-    stored = value.to(total.dtype.element_ty)
+    # The statistics are those of the sum as the gradient reads it, rounded to the dtype of y.
+    stored = value.to(y.dtype.element_ty)
     target = row[:, None] * columns + column
-    tl.store(total + target, stored, mask=inside)
+    if total is not None:
+        tl.store(total + target, stored, mask=inside)
     value = stored.to(tl.float32)
     middle = tl.sum(value, 1) / columns
     value = tl.where(inside, value - middle[:, None], 0.0)
     scale = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / columns + eps)
-    tl.store(mean + row, middle, mask=row < rows)
-    tl.store(rstd + row, scale, mask=row < rows)
+    if total is not None:
+        tl.store(mean + row, middle, mask=row < rows)
+        tl.store(rstd + row, scale, mask=row < rows)
     result = value * scale[:, None] * tl.load(weight + lane, mask=lane < columns, other=0.0)[None, :]
     if bias is not None:
         result += tl.load(bias + lane, mask=lane < columns, other=0.0)[None, :]
     tl.store(y + target, result.to(y.dtype.element_ty), mask=inside)
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    how: Dropout,
+    y: Tensor,
+    kept_for_gradient: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Fills y, and the sum, mean and 1 / sqrt unless they are None."""
+    if not y.numel():
+        return
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    tensors, inner, strides = merge_batch([x] if residual is None else [x, residual], x.ndim - 1)
+    # Without a residual its strides are not used.
+    x, added = tensors[0], tensors[-1]
+    block = _whole_rows(columns, 2048)
+    with on_device(x):
+        _norm_kernel[(triton.cdiv(rows, block["ROWS"]),)](
+            x,
+            None if residual is None else added,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            *kept_for_gradient,
+            rows,
+            columns,
+            *inner,
+            *strides[0],
+            x.stride(-1),
+            *strides[-1],
+            added.stride(-1),
+            eps,
+            *how[:4],
+            DROPOUT=how.active,
+            **block,
+        )
 
 
 @implements("dropout_add_layer_norm_forward")
@@ -95,36 +139,24 @@ def dropout_add_layer_norm_forward(
     total = torch.empty_like(y)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    if y.numel():
-        columns = x.shape[-1]
-        tensors, inner, strides = merge_batch([x] if residual is None else [x, residual], x.ndim - 1)
-        # Without a residual its strides are not used.
-        x, added = tensors[0], tensors[-1]
-        block = _whole_rows(columns, 2048)
-        how = Dropout.of(dropout_p, seed, stream)
-        with on_device(x):
-            _norm_kernel[(triton.cdiv(mean.numel(), block["ROWS"]),)](
-                x,
-                None if residual is None else added,
-                weight.contiguous(),
-                None if bias is None else bias.contiguous(),
-                y,
-                total,
-                mean,
-                rstd,
-                mean.numel(),
-                columns,
-                *inner,
-                *strides[0],
-                x.stride(-1),
-                *strides[-1],
-                added.stride(-1),
-                eps,
-                *how[:4],
-                DROPOUT=how.active,
-                **block,
-            )
+    _norm(x, residual, weight, bias, eps, Dropout.of(dropout_p, seed, stream), y, (total, mean, rstd))
     return y, total, mean, rstd
+
+
+@implements("dropout_add_layer_norm")
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    stream: int,
+) -> Tensor:
+    y = torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
+    _norm(x, residual, weight, bias, eps, Dropout.of(dropout_p, seed, stream), y, (None, None, None))
+    return y
 
 
 @triton.jit(do_not_specialize=["rows", *SEED_ARGUMENTS])

@@ -10,17 +10,17 @@ from torch import Tensor
 from sentfast.registry import implements
 
 from .similarity_rows import at_least  # also enters the operators of that file into the table
-from .triton_utils import INTERPRETED, batch_offset, loop_bound, merge_batch, on_device, tf32_allowed
+from .triton_utils import INTERPRETED, batch_offset, grouped_tile, loop_bound, merge_batch, on_device, tf32_allowed
 
 # The tile of the matrix kernel by what the tensor cores multiply: half numbers, float32 rounded to tf32, or float32 in
 # full, which has no tensor core.
-_MATRIX_CONFIGS = {
+MATRIX_TILES = {
     "half": {"BLOCK_N": 128, "BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     "tf32x3": {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     "ieee": {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 }
-_GROUP = 8
+GROUP = 8
 
 
 @triton.jit(do_not_specialize=["tiles_n", "tiles_m"])
@@ -59,13 +59,7 @@ def _matrix_kernel(
     """One program per tile of one batch element's matrix; the norms come from the same reads as the product."""
     tiles = tiles_n * tiles_m
     batch = (tl.program_id(0) // tiles).to(tl.int64)
-    # Neighbouring programs share a few row blocks of a and of b, so that these stay in the L2 cache.
-    tile = tl.program_id(0) % tiles
-    first_n = tile // (GROUP * tiles_m) * GROUP
-    height = tl.minimum(tiles_n - first_n, GROUP)
-    tile_n = first_n + tile % (GROUP * tiles_m) % height
-    tile_m = tile % (GROUP * tiles_m) // height
-
+    tile_n, tile_m = grouped_tile(tl.program_id(0) % tiles, tiles_n, tiles_m, GROUP)
     row_a = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_b = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_K)
@@ -101,8 +95,8 @@ def _matrix_kernel(
     tl.store(target, total, mask=(row_a < rows_a)[:, None] & (row_b < rows_b)[None, :])
 
 
-def _matrix_mode(a: Tensor, b: Tensor) -> tuple[str, bool]:
-    """The row of _MATRIX_CONFIGS, and whether the operands are widened to float32 before they are multiplied."""
+def matrix_mode(a: Tensor, b: Tensor) -> tuple[str, bool]:
+    """The row of MATRIX_TILES, and whether the operands are widened to float32 before they are multiplied."""
     if a.dtype != b.dtype:
         # A gradient in float32 and half vectors: halves are exact in tf32, three products keep the gradient's bits.
         return "tf32x3", True
@@ -118,8 +112,8 @@ def _matrix(a: Tensor, b: Tensor, cosine: bool, eps: float) -> tuple[Tensor, Ten
     norm_b = scores.new_empty((*batch, rows_b) if cosine else (0,))
     if scores.numel() or norm_a.numel() or norm_b.numel():
         (a, b), inner, strides = merge_batch([a, b], a.ndim - 2)
-        mode, to_float32 = _matrix_mode(a, b)
-        config = dict(_MATRIX_CONFIGS[mode])
+        mode, to_float32 = matrix_mode(a, b)
+        config = dict(MATRIX_TILES[mode])
         # The norms hold each tile one step longer, so it takes one more buffer to load as far ahead.
         config["num_stages"] += cosine
         # At least one tile each way: the norms of one side exist where the other side is empty.
@@ -147,7 +141,7 @@ def _matrix(a: Tensor, b: Tensor, cosine: bool, eps: float) -> tuple[Tensor, Ten
                 # The interpreter multiplies bfloat16 numbers wrongly.
                 TO_FLOAT32=to_float32 or INTERPRETED,
                 PRECISION="ieee" if mode == "half" else mode,
-                GROUP=_GROUP,
+                GROUP=GROUP,
                 **config,
             )
     return scores, norm_a, norm_b

@@ -37,6 +37,14 @@ def batch_offset(index, size_1, size_2, stride_0, stride_1, stride_2):
     return index // (size_1 * size_2) * stride_0 + index // size_2 % size_1 * stride_1 + index % size_2 * stride_2
 
 
+@triton.jit
+def grouped_tile(index, tiles_n, tiles_m, GROUP: tl.constexpr):
+    """Row and column of tile `index`: neighbours share a few blocks of rows and columns, which stay in the L2 cache."""
+    first_n = index // (GROUP * tiles_m) * GROUP
+    height = tl.minimum(tiles_n - first_n, GROUP)
+    return first_n + index % (GROUP * tiles_m) % height, index % (GROUP * tiles_m) // height
+
+
 def _merged(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """Joins neighbouring dimensions that every tensor steps through evenly, and drops those of size 1."""
     kept_sizes: list[int] = []

@@ -207,6 +207,7 @@ def _cases() -> dict[str, Callable]:
         "pairwise_cosine_similarity": lambda x, mask, a, b: functional.pairwise_cosine_similarity(a[:9], b),
         "contrastive_loss": lambda x, mask, a, b: functional.contrastive_loss(b, a),
         "linear": lambda x, mask, a, b: functional.linear(a, b),
+        "linear_activation": lambda x, mask, a, b: functional.linear_activation(a, b, b[:, 0]),
         "bias_activation": lambda x, mask, a, b: functional.bias_activation(a, b[0]),
         "dropout": lambda x, mask, a, b: functional.dropout(a, 0.3, seed=1),
         "dropout_add_layer_norm": lambda x, mask, a, b: functional.dropout_add_layer_norm(a[:9], b, a[9], a[10]),

@@ -2,7 +2,7 @@
 
 from sentfast.ops.attention import varlen_attention, varlen_attention_qkvpacked
 from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
-from sentfast.ops.linear import linear
+from sentfast.ops.linear import linear, linear_activation
 from sentfast.ops.losses import contrastive_loss
 from sentfast.ops.pooling import pool
 from sentfast.ops.similarity import (
@@ -22,6 +22,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "l2_normalize",
     "linear",
+    "linear_activation",
     "pairwise_cosine_similarity",
     "pairwise_similarity",
     "pool",

@@ -119,7 +119,7 @@ class Op:
     def implementation(self, backend: str) -> Callable:
         if backend == "cpu":
             return self.overload
-        if self.forward is not None:
+        if self.forward is not None and not (backend == "triton" and self.triton is not None):
             return _first(self.forward.implementation(backend))
         found = {"cuda": self.cuda, "triton": self.triton, "reference": self.reference}[backend]
         assert found is not None, backend
@@ -151,23 +151,30 @@ def define(
     fake: Callable,
     prefer_triton: tuple[torch.dtype, ...] = (),
     forward: Op | None = None,
+    on_cpu: Callable | None = None,
 ) -> Op:
-    """Registers an operator: its schema, its definition as the default implementation, and its shape function."""
+    """Registers an operator: its schema, its definition as the default implementation, and its shape function.
+
+    on_cpu: the operator as calls of others that are compiled, where ``csrc/cpu`` has no kernel of its own for it.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _CUDA_LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sentfast::{name}", fake, lib=_LIBRARY)
+    if on_cpu is not None:
+        _LIBRARY.impl(name, on_cpu, "CPU")
     op = ops[name] = Op(name, reference, fake, prefer_triton, forward)
+    op.compiled_cpu = on_cpu or op.compiled_cpu
     _LIBRARY.impl(name, lambda *args: op(*args), "CUDA")
     return op
 
 
-def result_of(forward: Op) -> Op:
+def result_of(forward: Op, *, compiled: bool = True) -> Op:
     """Registers `<name>` beside `<name>_forward`: its first result alone, for calls that need no gradient.
 
     A backend may have a kernel of its own for it, as the CPU does: fewer results are less work, and each costs half a
-    microsecond by itself. The others use the forward operator's.
+    microsecond by itself. The others use the forward operator's; compiled=False: the CPU too.
     """
     arguments = str(forward.overload._schema).removeprefix(f"sentfast::{forward.name}").rpartition(" -> ")[0]
     return define(
@@ -176,6 +183,7 @@ def result_of(forward: Op) -> Op:
         fake=_first(forward.fake),
         prefer_triton=forward.prefer_triton,
         forward=forward,
+        on_cpu=None if compiled else _first(forward.overload),
     )
 
 
@@ -195,7 +203,7 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 
 def _triton(op: Op) -> Callable | None:
     native.load_triton()
-    return (op.forward or op).triton
+    return op.triton or (op.forward.triton if op.forward is not None else None)
 
 
 @functools.cache

@@ -192,6 +192,20 @@ def activation_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[C
         yield Call(tuple(tensors), {"activation": name}, f"{shape} {name} bias {bias}")
 
 
+def linear_activation_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    """Around the tiles of 64 and 128 and the steps of 32 and 64; activations and biases take turns."""
+    sizes = [(3, 70, 5), (67, 2, 3), (2, 5, 66)]
+    if not small:
+        sizes += [(1, 1, 1), (130, 65, 129), (70, 384, 300), (600, 9, 70)]  # and more rows than a group of tiles
+    # Five names and two kinds of bias: each name meets both. The last are not GELU, NaN or 0 at -inf.
+    names = itertools.cycle(("silu", "gelu", "gelu", "gelu_tanh", "relu"))
+    for ((rows, columns, features), bias), name in zip(itertools.product(sizes, (False, True)), names, strict=False):
+        tensors = [vectors(rows, columns, dtype=dtype, device=device)]
+        tensors += [vectors(features, columns, dtype=dtype, device=device)]
+        tensors += [vectors(features, dtype=dtype, device=device)] if bias else []
+        yield Call(tuple(tensors), {"activation": name}, f"{rows}x{columns}x{features} {name} bias {bias}")
+
+
 ATTENTION = ("varlen_attention", "varlen_attention_backward")
 NORM = ("dropout_add_layer_norm", "dropout_add_layer_norm_backward")
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -253,6 +267,7 @@ def contrastive(queries: Tensor, documents: Tensor, all_queries: Tensor | None =
 
 
 ACTIVATION = ("bias_activation", "bias_activation_backward")
+LINEAR_ACTIVATION = ("linear_activation", "bias_activation_backward")
 PAIRWISE = ("pairwise_similarity", "pairwise_similarity_backward")
 CASES = [
     Case("pool", F.pool, pool_calls, ("pool", "pool_backward")),
@@ -260,6 +275,14 @@ CASES = [
     Case("varlen_attention_qkvpacked", packed_attention, packed_attention_calls, ATTENTION, gpu_backends=("triton",)),
     Case("dropout_add_layer_norm", norm, norm_calls, NORM, gpu_backends=("triton",)),
     Case("bias_activation", F.bias_activation, activation_calls, ACTIVATION, cancels=True, gpu_backends=("triton",)),
+    Case(
+        "linear_activation",
+        F.linear_activation,
+        linear_activation_calls,
+        LINEAR_ACTIVATION,
+        cancels=True,
+        gpu_backends=("triton",),
+    ),
     Case("dropout", F.dropout, dropout_calls, ("dropout",), gpu_backends=("triton",)),
     Case("l2_normalize", F.l2_normalize, normalize_calls, ("l2_normalize", "l2_normalize_backward")),
     Case("dot_similarity", F.dot_similarity, matrix_calls, ("dot_similarity",)),

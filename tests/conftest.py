@@ -51,3 +51,15 @@ def switched_on():
     with sentfast.use_backend(BACKEND) if BACKEND == "reference" else nullcontext():
         yield
     sentfast.enable()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch):
+    """The CPU counts as a device on which the encoder runs as steps."""
+    import encoders
+
+    from sentfast.encoder import device
+
+    monkeypatch.setattr(device, "_COMPOSED", {"cpu", "cuda"})
+    with encoders.surroundings():
+        yield

@@ -121,6 +121,28 @@ def test_layers_of_no_rows_or_columns(backend: Backend) -> None:
                 assert grad_weight is None or grad_weight.eq(0).all()
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name != "cuda"], ids=str)
+def test_linear_activation_of_no_rows_columns_or_features(backend: Backend) -> None:
+    for rows, columns, features in ((0, 5, 3), (4, 0, 3), (4, 5, 0)):
+        x, weight = torch.randn(rows, columns, device=backend.device), torch.randn(features, columns)
+        bias = torch.randn(features, device=backend.device)
+        with backend.forced("linear_activation"):
+            result = F.linear_activation(x, weight.to(backend.device), bias, "relu")
+        assert torch.equal(result, bias.relu().expand(rows, features))
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name == "triton"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_bits_of_linear_activation_depend_on_no_other_row(backend: Backend, dtype: torch.dtype) -> None:
+    if not backend.supports(dtype):
+        pytest.skip(f"{backend} cannot compute {dtype}")
+    x, weight = torch.randn(300, 130, device=backend.device).to(dtype), torch.randn(70, 130, device=backend.device)
+    with backend.forced("linear_activation"):
+        together = F.linear_activation(x, weight.to(dtype))
+        for start, end in ((0, 1), (37, 166), (299, 300), (5, 300)):
+            assert torch.equal(F.linear_activation(x[start:end], weight.to(dtype)), together[start:end])
+
+
 @every_backend
 def test_bfloat16_rows_an_odd_distance_apart(backend: Backend) -> None:
     if backend.supports(torch.bfloat16):
@@ -182,6 +204,12 @@ BAD = {
     "batch": (lambda: F.dot_similarity(X, torch.randn(3, 3, 4)), ValueError, "b: expected batch"),
     "dtypes": (lambda: F.dot_similarity(X, X.bfloat16()), TypeError, "b: expected the dtype"),
     "devices": (lambda: F.dot_similarity(X, X.to("meta")), ValueError, "b: expected the device"),
+    "linear rank": (lambda: F.linear_activation(X, X[0]), ValueError, "x: expected"),
+    "linear dtype": (lambda: F.linear_activation(X[0], X[0].half()), TypeError, "weight: expected the dtype of x"),
+    "linear columns": (lambda: F.linear_activation(X[0], X[0, :, :3]), ValueError, "weight: expected 4 columns"),
+    "linear bias": (lambda: F.linear_activation(X[0], X[0], X[0, 0]), ValueError, "bias: expected shape .3., got .4."),
+    "linear device": (lambda: F.linear_activation(X[0], X[0].to("meta")), ValueError, "weight: expected the device"),
+    "activation": (lambda: F.linear_activation(X[0], X[0], None, "elu"), ValueError, "activation: expected .*'elu'"),
     "pair": (lambda: F.pairwise_cosine_similarity(X, torch.randn(5, 4)), ValueError, "b: expected"),
     "pair columns": (lambda: F.pairwise_cosine_similarity(X, X[..., :1]), ValueError, "b: expected 4 columns"),
     "metric": (lambda: F.pairwise_similarity(X, X, "hamming"), ValueError, "metric"),

@@ -66,6 +66,7 @@ pairs = {
         torch.tensor(True),
     ),
     "linear": (F.linear(a, b), R.product(a, b.t(), None)),
+    "linear_activation": (F.linear_activation(a, b), R.linear_activation(a, b, None, 0)),
     "bias_activation": (F.bias_activation(a, b[0]), R.bias_activation(a, b[0], 0)),
     "dropout": (F.dropout(a, 0.3, seed=1), R.dropout(a, 0.3, 1, 0)),
     "dropout_add_layer_norm": (

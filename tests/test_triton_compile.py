@@ -130,12 +130,17 @@ def layer_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
         x, weight = torch.empty(4096, columns, dtype=dtype), torch.empty(columns)
         label, rest = f"{columns}, dropout {p}", (p, SEED, 3)
         yield label, "dropout_add_layer_norm_forward", (x, x, weight, weight, EPS, *rest)
+        yield label, "dropout_add_layer_norm", (x, x, weight, weight, EPS, *rest)
         yield label, "dropout_add_layer_norm_backward", (x, x, statistic, statistic, weight, x[:0], *rest)
     yield "768", "dropout", (x, *rest)
     for columns, name in ((1536, "gelu"), (3072, "gelu_tanh"), (3072, "relu"), (3072, "silu")):
         x, bias = torch.empty(4096, columns, dtype=dtype), torch.empty(columns)
         number = ACTIVATIONS.index(name)
         yield f"{columns}, {name}", "bias_activation", (x, bias, number)
+        narrow, up = x[:, : columns // 4].contiguous(), torch.empty(columns, columns // 4, dtype=dtype)
+        yield f"{columns // 4} to {columns}, {name}", "linear_activation", (narrow, up, bias, number)
+        if dtype == torch.float32 and name == "gelu":
+            yield "tf32", "linear_activation", (narrow, up, bias, number)
         yield f"{columns}, {name}", "bias_activation_backward", (x, x, bias, number)
 
 

@@ -1,7 +1,8 @@
 """The packed encoder on a GPU, without a gradient: PyTorch's matrix products, and our operators between them.
 
-A layer is eight launches: the product for query, key and value, attention, its output product, residual with norm, up
-product, activation, down product, residual with norm. Rotary angles come on top where the architecture has them.
+A layer is seven launches: the product for query, key and value, attention, its output product, residual with norm, up
+product with activation, down product, residual with norm. On top come rotary angles and gates where the architecture
+has them, and one launch in large batches of float32 (:func:`fuses_activation`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,19 @@ from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.encoder.graphs import CudaCapture, Graphs, captures
 from sentfast.encoder.training import position_bias, rotate
 from sentfast.ops.attention import _varlen_attention
-from sentfast.ops.layers import _bias_activation, _dropout_add_layer_norm_forward
+from sentfast.ops.layers import _bias_activation, _dropout_add_layer_norm, _dropout_add_layer_norm_forward
+from sentfast.ops.linear import _linear_activation
 from sentfast.ops.pooling import _pool
 from sentfast.reference import POOLING_MODES, accumulation_dtype
 
 _NO_DROPOUT = (0.0, 0, 0)
+# Of the batches in float32 whose up product is ours, with the activation; see docs/design.md.
+_MOST_FUSED_FLOAT32 = 2048
+
+
+def fuses_activation(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether up product and activation are one launch of ours, or PyTorch's product and a pass over its result."""
+    return dtype != torch.float32 or tokens <= _MOST_FUSED_FLOAT32
 
 
 class Norm(NamedTuple):
@@ -165,12 +174,13 @@ class Composed:
         if norm.weight is None:
             x = x if residual is None else x + residual
             return x, x
-        y, total = self._normalized(norm, x, residual)
-        return y, total if self._pre_norm else y
+        return self._normalized(norm, x, residual)
 
     def _normalized(self, norm: Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, total, _, _ = _dropout_add_layer_norm_forward(x, residual, *norm, self._eps, *_NO_DROPOUT)
-        return y, total
+        if self._pre_norm:
+            return _dropout_add_layer_norm_forward(x, residual, *norm, self._eps, *_NO_DROPOUT)[:2]
+        y = _dropout_add_layer_norm(x, residual, *norm, self._eps, *_NO_DROPOUT)
+        return y, y
 
     def _attend(self, layer: Layer, batch: DeviceBatch, angles: Sequence[tuple[Tensor, ...]], x: Tensor) -> Tensor:
         qkv = self._product(x, layer.qkv_weight, layer.qkv_bias).view(x.shape[0], 3, self._heads, -1)
@@ -184,14 +194,15 @@ class Composed:
         return self._product(_varlen_attention(q, k, v, *options).flatten(1), layer.output_weight, layer.output_bias)
 
     def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
-        # The place for a product that ends in bias and activation: one launch and one pass over [T, 4 H] less.
-        h = self._product(x, layer.up_weight, None)
         if self._gated:
+            h = self._product(x, layer.up_weight, None)
             h = h if layer.up_bias is None else h + layer.up_bias.to(h.dtype)
             h, gate = h.chunk(2, dim=-1)
             h = _bias_activation(h, None, self._activation) * gate
+        elif fuses_activation(x.shape[0], self._compute_dtype):
+            h = _linear_activation(x.to(self._compute_dtype), layer.up_weight, layer.up_bias, self._activation)
         else:
-            h = _bias_activation(h, layer.up_bias, self._activation)
+            h = _bias_activation(self._product(x, layer.up_weight, None), layer.up_bias, self._activation)
         return self._product(h, layer.down_weight, layer.down_bias)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

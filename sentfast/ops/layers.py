@@ -12,7 +12,7 @@ from sentfast import reference
 from sentfast.ops import checks
 from sentfast.ops.seeds import check_dropout, seed_of
 from sentfast.reference import ACTIVATIONS, accumulation_dtype
-from sentfast.registry import define
+from sentfast.registry import define, result_of
 
 
 def _like(x):
@@ -55,6 +55,7 @@ _dropout_add_layer_norm_forward = define(
     reference=reference.dropout_add_layer_norm_forward,
     fake=_norm_fake,
 )
+_dropout_add_layer_norm = result_of(_dropout_add_layer_norm_forward, compiled=False)
 _dropout_add_layer_norm_backward = define(
     "dropout_add_layer_norm_backward(Tensor grad, Tensor sum, Tensor mean, Tensor rstd, Tensor weight, Tensor like,"
     " float dropout_p, int seed, int stream) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -183,7 +184,9 @@ def dropout_add_layer_norm(
     weight = _vector("weight", weight, x).to(acc)
     bias = None if bias is None else _vector("bias", bias, x).to(acc)
     options = (float(dropout_p), seed_of(dropout_p, seed), stream)
-    return _DropoutAddLayerNorm.apply(x, residual, weight, bias, float(eps), options)
+    if checks.needs_function(x, residual) or checks.needs_function(weight, bias):
+        return _DropoutAddLayerNorm.apply(x, residual, weight, bias, float(eps), options)
+    return _dropout_add_layer_norm(x, residual, weight, bias, float(eps), *options)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:

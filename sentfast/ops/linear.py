@@ -1,4 +1,4 @@
-"""The linear layer of training."""
+"""Linear layers: of training, and with an activation in the same pass."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sentfast import reference
+from sentfast.ops import checks
 from sentfast.ops.layers import _bias_activation, _bias_activation_backward, bias_activation
-from sentfast.reference import ACTIVATIONS
+from sentfast.reference import ACTIVATIONS, accumulation_dtype
 from sentfast.registry import define
 
 # In float32 our product is faster than the library's on the CPU; in bfloat16 the library's reaches the same rate.
@@ -18,6 +19,25 @@ _product = define(
     "product(Tensor a, Tensor b, Tensor? bias) -> Tensor",
     reference=reference.product,
     fake=lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]),
+)
+
+
+def _linear_activation_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    product = _product(x, weight.t(), None) if x.dtype == torch.float32 else _plain_product(x, weight.t())
+    return _bias_activation(product, bias, activation)
+
+
+def _plain_product(a: Tensor, b: Tensor) -> Tensor:
+    """PyTorch's, in the dtype of a also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+_linear_activation = define(
+    "linear_activation(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
+    reference=reference.linear_activation,
+    fake=lambda x, weight, bias, activation: x.new_empty(x.shape[0], weight.shape[0]),
+    on_cpu=_linear_activation_on_cpu,
 )
 
 
@@ -64,6 +84,66 @@ class _ActivationLinear(torch.autograd.Function):
             grad_weight,
             grad.sum(dim=0) if needs_bias else None,
         )
+
+
+class _LinearActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, activation):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.activation = activation
+        return _linear_activation(x, weight, bias, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        x, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        product = _plain_product(x, weight.t())
+        grad_product, grad_bias = _bias_activation_backward(grad, product, bias, ctx.activation)
+        return (
+            _plain_product(grad_product, weight) if needs_x else None,
+            _plain_product(grad_product.t(), x) if needs_weight else None,
+            grad_bias if needs_bias else None,
+            None,
+        )
+
+
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
+    """``activation(x weight^T + bias)`` in one pass on a GPU; the gradient makes the product again.
+
+    Args:
+        x: [T, K] float32, bfloat16 or float16.
+        weight: [N, K] in the dtype of x.
+        bias: [N], or None.
+        activation: "gelu" (by the error function), "gelu_tanh", "relu" or "silu".
+
+    Returns:
+        [T, N] in the dtype of x. Sums, bias and activation are float32, float64 for float64, and rounded once; on the
+        CPU half numbers are also rounded between product and activation. On a GPU a row's bits depend neither on the
+        other rows nor on their number, and float32 products are tf32 where PyTorch's setting for matmul allows it.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device, or the activation is not known.
+    """
+    checks.floats("x", x, "[T, K]", (2,))
+    checks.floats("weight", weight, "[N, K]", (2,))
+    checks.same_device("weight", weight, "x", x)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: expected the dtype of x ({x.dtype}), got {weight.dtype}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight: expected {x.shape[1]} columns, got {checks.describe(weight)}")
+    if bias is not None:
+        checks.floats("bias", bias, "[N]", (1,))
+        checks.same_device("bias", bias, "x", x)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape {list(weight.shape[:1])}, got {list(bias.shape)}")
+        bias = bias.to(accumulation_dtype(x.dtype))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    number = ACTIVATIONS.index(activation)
+    if checks.needs_function(x, weight) or (bias is not None and checks.needs_function(bias)):
+        return _LinearActivation.apply(x, weight, bias, number)
+    return _linear_activation(x, weight, bias, number)
 
 
 def activation_linear(

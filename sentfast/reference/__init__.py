@@ -13,6 +13,7 @@ from sentfast.reference.layers import (
     bias_activation_backward,
     dropout_add_layer_norm_backward,
     dropout_add_layer_norm_forward,
+    linear_activation,
     product,
 )
 from sentfast.reference.losses import DIRECTIONS, HARDNESS_MODES, contrastive_loss, contrastive_loss_forward
@@ -77,6 +78,7 @@ __all__ = [
     "encoder",
     "l2_normalize_backward",
     "l2_normalize_forward",
+    "linear_activation",
     "pack_panels",
     "pairwise_similarity_backward",
     "pairwise_similarity_forward",

@@ -78,6 +78,12 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return (result if bias is None else result + bias.to(acc)).to(a.dtype)
 
 
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    """activation(x weight^T + bias): [T, K], [N, K] and [N] -> [T, N]; half numbers are rounded once, at the end."""
+    acc = accumulation_dtype(x.dtype)
+    return bias_activation(x.to(acc) @ weight.to(acc).t(), bias, activation).to(x.dtype)
+
+
 def bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """activation(x + bias)."""
     return ACTIVATION_FUNCTIONS[activation](_shifted(x, bias)).to(x.dtype).contiguous()
