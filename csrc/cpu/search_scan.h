@@ -62,7 +62,7 @@ struct SearchQuery {
   float length;  // of the unit, rounded up; NaN: no bounds
   SearchCodes codes;
   int level = 0;
-  int64_t climbed_until = 0, patience = 64;  // steps
+  int64_t climbed_until = 0, patience = 16;  // steps
   bool fell_back = false;
 
   SearchQuery(const float* row, int64_t dim, int64_t metric, const SearchKernels& kernel) : center(0), codes() {

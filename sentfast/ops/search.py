@@ -42,9 +42,7 @@ class Statistics(NamedTuple):
 
     pairs: int  # of a query and a row that were looked at
     scored: int  # pairs that the bounds could not decide, or that were wanted: their exact score was computed
-    fallbacks: (
-        int  # queries for which part of the corpus was scanned in float32 or float64 because bounds were too wide
-    )
+    fallbacks: int  # queries that scanned some rows in float32 or float64, because their bounds were too wide
     nans: int  # pairs whose score is NaN
 
 
