@@ -160,9 +160,8 @@ def caption(result: Result, rows: list[Result]) -> str:
         parts.append(found["isa"])
     parts += [f"{name} {versions[name]}" for name in ("torch", "sentence-transformers") if name in versions]
     commits = sorted({row["commit"][:9] + (" with changes" if row["dirty"] else "") for row in rows})
-    others = {
-        backend for row in rows for ran in row["ran"].values() for calls in ran["calls"].values() for backend in calls
-    }
+    reports = [ran for row in rows for ran in row.get("ran", {}).values()]
+    others = {backend for ran in reports for calls in ran["calls"].values() for backend in calls}
     backends = "backend " + ", ".join(sorted(others)) if others else ""
     peers = sorted({f"OpenVINO {row['openvino']}" for row in rows if row.get("openvino")})
     return "; ".join([*parts, *peers, *filter(None, [backends]), "commit " + ", ".join(commits)]) + ".\n"
