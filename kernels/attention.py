@@ -13,7 +13,7 @@ from torch import Tensor
 from sentfast import reference
 from sentfast.registry import implements
 
-from .attention_tiles import INFINITY, LARGEST_HEAD, Plan, load_rows, masked_scores, plan, sequence_span
+from .attention_tiles import INFINITY, LARGEST_HEAD, Plan, load_rows, masked_scores, plan, sequence_span, store_rows
 from .dropout import SEED_ARGUMENTS, Dropout, kept
 from .triton_utils import loop_bound, on_device
 
@@ -108,9 +108,7 @@ def _attention_kernel(
     total = tl.where(length > blocks * QUERIES, float("nan"), total)
     result = result * (keep_scale / total)[:, None]
     tl.store(lse + head * tokens + first + query, (top + tl.log2(total)) * LN2, mask=query < length)
-    column = tl.arange(0, BLOCK_D)
-    target = out + ((first + query) * heads + head)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=(query < length)[:, None] & (column < HEAD_DIM)[None, :])
+    store_rows(out + (first * heads + head) * HEAD_DIM, query, length, heads * HEAD_DIM, result, HEAD_DIM, BLOCK_D)
 
 
 def _tiles(plan: Plan, max_seqlen: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate
+from brute_force import exact
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.evaluation import InformationRetrievalEvaluator, ParaphraseMiningEvaluator
 from sentence_transformers.util import (
@@ -27,20 +28,11 @@ from tiny_models import VERSION, build
 from training_runs import save_model
 
 import sentfast
-from sentfast import native, registry
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
 NEW = VERSION >= (6, 2)
 DATASETS = importlib.util.find_spec("datasets") is not None
 METRICS = {"cos": util.cos_sim, "dot": util.dot_score, "euclidean": euclidean_sim}
-
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    sentfast.enable()
-    with nullcontext() if native.cpu_loaded() else registry.use_backend("reference"):
-        yield
-    sentfast.enable()
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +58,6 @@ def table_model(path, table) -> Table:
     model = build(path, cls=Table)
     model.table = table
     return model
-
-
-def exact(a, b, metric="cos") -> torch.Tensor:
-    """In float64, rounded once."""
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-    if metric == "euclidean":
-        return -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").float()
-    if metric == "cos":
-        a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
-    return (a @ b.mT).float()
 
 
 def clustered(count: int, dim: int = 16, clusters: int = 12, spread: float = 0.3) -> torch.Tensor:

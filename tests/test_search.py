@@ -11,34 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from brute_force import exact
 
 import sentfast
-from sentfast import native, registry, search
+from sentfast import search
 from sentfast.search import segments
 
+pytestmark = pytest.mark.usefixtures("switched_on")
 METRICS = ("cos", "dot", "euclidean")
-
-
-@pytest.fixture(autouse=True)
-def backend():
-    with nullcontext() if native.cpu_loaded() else registry.use_backend("reference"):
-        yield
-
-
-def exact(a, b, metric="cos") -> torch.Tensor:
-    """All scores in float64, rounded once to float32."""
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-    if metric == "euclidean":
-        return -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").float()
-    if metric == "cos":
-        a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
-    return (a @ b.mT).float()
 
 
 def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

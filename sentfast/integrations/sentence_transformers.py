@@ -164,8 +164,7 @@ def _worker(version: Version) -> Iterator[Site]:
 def _function(version: Version, row: Row) -> Site | None:
     owner: Any = getattr(importlib.import_module(row.owner), row.attribute, None)
     known = isinstance(owner, types.FunctionType) and owner.__module__ == row.owner
-    bodies = (body.__code__ for body in trampolines.of(row.attribute))
-    trampoline = next((body for body in bodies if known and _same_arguments(owner.__code__, body)), None)
+    trampoline = trampolines.code_for(row.attribute, owner.__code__) if known else None
     if trampoline is None:
         _foreign(row.attribute)
         return None
@@ -179,16 +178,6 @@ def _function(version: Version, row: Row) -> Site | None:
         return trampoline.replace()
 
     return Site(row.attribute, owner, "__code__", build)
-
-
-def _same_arguments(code: types.CodeType, other: types.CodeType) -> bool:
-    """Also in name, so that keyword calls and ``inspect.signature`` stay as they are."""
-
-    def arguments(code: types.CodeType) -> tuple[Any, ...]:
-        names = code.co_varnames[: code.co_argcount]
-        return names, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_flags & 12, code.co_freevars
-
-    return arguments(code) == arguments(other)
 
 
 def _foreign(name: str) -> None:

@@ -1,253 +1,61 @@
 """The code that the patched functions of ``sentence_transformers.util`` run.
 
-Each body is put into a function of sentence-transformers, where only that function's globals exist: hence the import
-inside. The argument names are those of the originals.
+It is put into a function of sentence-transformers, where only that function's globals exist: hence the import inside.
+The argument names are those of the originals, so that keyword calls and ``inspect.signature`` stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 replacements: dict[str, Callable] = {}
 
-
-def of(attribute: str) -> list[Callable]:
-    """The bodies for a function, one for each of the argument lists that it has had."""
-    return [function for name, function in globals().items() if name.partition("__")[0] == attribute]
-
-
-def cos_sim(a: Any, b: Any) -> Any:
+_SOURCE = """
+def {name}({arguments}):
     from sentfast.integrations.trampolines import replacements
 
-    return replacements["cos_sim"](a, b)
+    return replacements["{name}"]({arguments})
+"""
+_NEGATIVES = (
+    "dataset model anchor_column_name positive_column_name corpus cross_encoder range_min range_max max_score min_score"
+    " absolute_margin relative_margin num_negatives sampling_strategy query_prompt_name query_prompt corpus_prompt_name"
+    " corpus_prompt include_positives output_format {scores}batch_size faiss_batch_size use_faiss use_multi_process"
+    " verbose cache_folder as_triplets margin"
+)
+# The argument lists that each function has had: another one is a function that we do not know.
+_ARGUMENTS = {
+    "cos_sim": ("a b",),
+    "dot_score": ("a b",),
+    "pairwise_cos_sim": ("a b",),
+    "pairwise_dot_score": ("a b",),
+    "pairwise_euclidean_sim": ("a b",),
+    "pairwise_manhattan_sim": ("a b",),
+    "pairwise_angle_sim": ("x y",),
+    "normalize_embeddings": ("embeddings",),
+    "semantic_search": ("query_embeddings corpus_embeddings query_chunk_size corpus_chunk_size top_k score_function",),
+    "paraphrase_mining_embeddings": ("embeddings query_chunk_size corpus_chunk_size max_pairs top_k score_function",),
+    "community_detection": ("embeddings threshold min_community_size batch_size show_progress_bar",),
+    "mine_hard_negatives": (_NEGATIVES.format(scores="output_scores "), _NEGATIVES.format(scores="")),
+}
 
 
-def dot_score(a: Any, b: Any) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["dot_score"](a, b)
-
-
-def pairwise_cos_sim(a: Any, b: Any) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["pairwise_cos_sim"](a, b)
+def code_for(name: str, original: CodeType) -> CodeType | None:
+    """The code that calls ``replacements[name]`` with the arguments of `original`; None where they are unknown."""
+    for names in _ARGUMENTS[name]:
+        found = _code(name, names.split())
+        if _arguments(found) == _arguments(original):
+            return found
+    return None
 
 
-def pairwise_dot_score(a: Any, b: Any) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["pairwise_dot_score"](a, b)
-
-
-def pairwise_euclidean_sim(a: Any, b: Any) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["pairwise_euclidean_sim"](a, b)
+def _code(name: str, names: list[str]) -> CodeType:
+    made: dict[str, Any] = {}
+    exec(compile(_SOURCE.format(name=name, arguments=", ".join(names)), __file__, "exec"), made)
+    return made[name].__code__
 
 
-def pairwise_manhattan_sim(a: Any, b: Any) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["pairwise_manhattan_sim"](a, b)
-
-
-def normalize_embeddings(embeddings: Any) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["normalize_embeddings"](embeddings)
-
-
-def pairwise_angle_sim(x: Any, y: Any) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["pairwise_angle_sim"](x, y)
-
-
-def semantic_search(
-    query_embeddings: Any,
-    corpus_embeddings: Any,
-    query_chunk_size: Any,
-    corpus_chunk_size: Any,
-    top_k: Any,
-    score_function: Any,
-) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["semantic_search"](
-        query_embeddings,
-        corpus_embeddings,
-        query_chunk_size,
-        corpus_chunk_size,
-        top_k,
-        score_function,
-    )
-
-
-def paraphrase_mining_embeddings(
-    embeddings: Any,
-    query_chunk_size: Any,
-    corpus_chunk_size: Any,
-    max_pairs: Any,
-    top_k: Any,
-    score_function: Any,
-) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["paraphrase_mining_embeddings"](
-        embeddings,
-        query_chunk_size,
-        corpus_chunk_size,
-        max_pairs,
-        top_k,
-        score_function,
-    )
-
-
-def community_detection(
-    embeddings: Any,
-    threshold: Any,
-    min_community_size: Any,
-    batch_size: Any,
-    show_progress_bar: Any,
-) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["community_detection"](
-        embeddings,
-        threshold,
-        min_community_size,
-        batch_size,
-        show_progress_bar,
-    )
-
-
-def mine_hard_negatives(
-    dataset: Any,
-    model: Any,
-    anchor_column_name: Any,
-    positive_column_name: Any,
-    corpus: Any,
-    cross_encoder: Any,
-    range_min: Any,
-    range_max: Any,
-    max_score: Any,
-    min_score: Any,
-    absolute_margin: Any,
-    relative_margin: Any,
-    num_negatives: Any,
-    sampling_strategy: Any,
-    query_prompt_name: Any,
-    query_prompt: Any,
-    corpus_prompt_name: Any,
-    corpus_prompt: Any,
-    include_positives: Any,
-    output_format: Any,
-    output_scores: Any,
-    batch_size: Any,
-    faiss_batch_size: Any,
-    use_faiss: Any,
-    use_multi_process: Any,
-    verbose: Any,
-    cache_folder: Any,
-    as_triplets: Any,
-    margin: Any,
-) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["mine_hard_negatives"](
-        dataset,
-        model,
-        anchor_column_name,
-        positive_column_name,
-        corpus,
-        cross_encoder,
-        range_min,
-        range_max,
-        max_score,
-        min_score,
-        absolute_margin,
-        relative_margin,
-        num_negatives,
-        sampling_strategy,
-        query_prompt_name,
-        query_prompt,
-        corpus_prompt_name,
-        corpus_prompt,
-        include_positives,
-        output_format,
-        output_scores,
-        batch_size,
-        faiss_batch_size,
-        use_faiss,
-        use_multi_process,
-        verbose,
-        cache_folder,
-        as_triplets,
-        margin,
-    )
-
-
-def mine_hard_negatives__without_scores(
-    dataset: Any,
-    model: Any,
-    anchor_column_name: Any,
-    positive_column_name: Any,
-    corpus: Any,
-    cross_encoder: Any,
-    range_min: Any,
-    range_max: Any,
-    max_score: Any,
-    min_score: Any,
-    absolute_margin: Any,
-    relative_margin: Any,
-    num_negatives: Any,
-    sampling_strategy: Any,
-    query_prompt_name: Any,
-    query_prompt: Any,
-    corpus_prompt_name: Any,
-    corpus_prompt: Any,
-    include_positives: Any,
-    output_format: Any,
-    batch_size: Any,
-    faiss_batch_size: Any,
-    use_faiss: Any,
-    use_multi_process: Any,
-    verbose: Any,
-    cache_folder: Any,
-    as_triplets: Any,
-    margin: Any,
-) -> Any:
-    from sentfast.integrations.trampolines import replacements
-
-    return replacements["mine_hard_negatives"](
-        dataset,
-        model,
-        anchor_column_name,
-        positive_column_name,
-        corpus,
-        cross_encoder,
-        range_min,
-        range_max,
-        max_score,
-        min_score,
-        absolute_margin,
-        relative_margin,
-        num_negatives,
-        sampling_strategy,
-        query_prompt_name,
-        query_prompt,
-        corpus_prompt_name,
-        corpus_prompt,
-        include_positives,
-        output_format,
-        batch_size,
-        faiss_batch_size,
-        use_faiss,
-        use_multi_process,
-        verbose,
-        cache_folder,
-        as_triplets,
-        margin,
-    )
+def _arguments(code: CodeType) -> tuple[Any, ...]:
+    names = code.co_varnames[: code.co_argcount]
+    return names, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_flags & 12, code.co_freevars
