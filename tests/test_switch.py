@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import inspect
 import os
 import statistics
@@ -176,10 +175,11 @@ assert type(sentence_transformers.__spec__.loader).__name__ == "SourceFileLoader
 
 
 def test_hundred_cycles_leave_nothing_behind():
-    gc.collect()
-    transformers.sweep()  # a class of transformers stays patched until somebody looks whether its models are gone
     patched = switch.patched()
-    assert len(patched) == COUNT and all(any(name.endswith(end) for name in patched) for end in METHODS)
+    # Classes of transformers are patched as well while a model of theirs lives, of an earlier test for instance.
+    encoders = [site.name for site in transformers._sites.values()]
+    ours = [name for name in patched if name not in encoders]
+    assert len(ours) == COUNT and all(any(name.endswith(end) for name in ours) for end in METHODS)
     sentfast.disable()
     before = snapshot()
     for _ in range(100):
