@@ -132,6 +132,8 @@ def _target_words(name: str, wanted: float) -> tuple[str, Callable[[float], str]
         return f"peak memory at most {wanted:g} × the output", lambda got: f"{got:.2f} ×"
     if name == "read":
         return f"at least {wanted:.0%} of the rate of torch.sum over the same bytes", lambda got: f"{got:.0%}"
+    if name == "picked rows":
+        return f"at least {wanted:.0%} of the rate of index_select of the same rows", lambda got: f"{got:.0%}"
     baseline = "sentence-transformers" if name == STOCK else name
     return f"at least {wanted:g} × faster than {baseline}", lambda got: f"{three_digits(got)} ×"
 

@@ -12,6 +12,14 @@ int64_t find(const M* mask, int64_t stride, int64_t from, int64_t length, bool w
   return from;
 }
 
+// Last i below length where mask[i * stride] != 0, else -1.
+template <class M>
+int64_t find_last(const M* mask, int64_t stride, int64_t length) {
+  do --length;
+  while (length >= 0 && mask[length * stride] == 0);
+  return length;
+}
+
 // One sequence: where its rows are and which of them count.
 struct Sequence {
   const Layout& layout;
@@ -28,18 +36,28 @@ struct Sequence {
     }
   }
 
-  int64_t next(int64_t from, bool wanted) const {
-    const int64_t stride = layout.mask_stride_token, offset = index * layout.mask_stride_batch;
+  // Calls f with the mask of this sequence in its own type.
+  template <class F>
+  int64_t with_mask(F f) const {
+    const int64_t offset = index * layout.mask_stride_batch;
     switch (layout.mask_bytes) {
       case 1:
-        return find(static_cast<const uint8_t*>(layout.mask) + offset, stride, from, length, wanted);
+        return f(static_cast<const uint8_t*>(layout.mask) + offset);
       case 2:
-        return find(static_cast<const uint16_t*>(layout.mask) + offset, stride, from, length, wanted);
+        return f(static_cast<const uint16_t*>(layout.mask) + offset);
       case 4:
-        return find(static_cast<const uint32_t*>(layout.mask) + offset, stride, from, length, wanted);
+        return f(static_cast<const uint32_t*>(layout.mask) + offset);
       default:
-        return find(static_cast<const uint64_t*>(layout.mask) + offset, stride, from, length, wanted);
+        return f(static_cast<const uint64_t*>(layout.mask) + offset);
     }
+  }
+  int64_t next(int64_t from, bool wanted) const {
+    return with_mask([&](const auto* mask) { return find(mask, layout.mask_stride_token, from, length, wanted); });
+  }
+  // The last token that the mask leaves in use; -1: none.
+  int64_t last() const {
+    if (layout.mask == nullptr) return length - 1;
+    return with_mask([&](const auto* mask) { return find_last(mask, layout.mask_stride_token, length); });
   }
 
   // The next run of tokens in use at or after `end`; false if there is none. Start with end = 0.
@@ -56,26 +74,31 @@ struct Sequence {
   float weight(int64_t token) const { return static_cast<float>(token - left_pad + 1); }
 };
 
-// What the means divide by and which tokens `cls` and `lasttoken` take; -1: none, the result is zero.
+// Whether a mode takes one token as it is.
+inline bool picks(int64_t mode) { return mode == kCls || mode == kLastToken; }
+
+// The token that such a mode takes; -1: none, the result is zero. Reads no more of the mask than it must.
+inline int64_t picked(const Sequence& s, int64_t mode) {
+  if (s.length == 0) return -1;
+  const bool packed = s.layout.cu_seqlens != nullptr;
+  if (mode == kCls) {
+    int64_t begin = 0, end = 0;
+    return s.next_span(begin, end) ? begin : 0;
+  }
+  if (packed) return s.length - 1;  // the last token counts even where it belongs to the prompt
+  const int64_t last = s.last();
+  return last >= s.left_pad + s.layout.prompt_length ? last : -1;
+}
+
+// What the means divide by.
 struct Summary {
-  int64_t count = 0, first = -1, last = -1;
+  int64_t count = 0;
   double weights = 0;  // sum of the weights of `weightedmean`: exact up to 2^53
 
   void add(const Sequence& s, int64_t begin, int64_t end) {
     const double low = static_cast<double>(begin - s.left_pad + 1), high = static_cast<double>(end - s.left_pad);
     weights += (low + high) * static_cast<double>(end - begin) * 0.5;
     count += end - begin;
-    if (first < 0) first = begin;
-    last = end - 1;
-  }
-  void finish(const Sequence& s) {
-    if (s.length == 0) return;
-    if (s.layout.cu_seqlens != nullptr) {
-      if (first < 0) first = 0;
-      last = s.length - 1;  // the last token counts even where it belongs to the prompt
-    } else if (first < 0) {
-      first = 0;
-    }
   }
   float denominator(int64_t mode) const {
     double total = mode == kWeightedMean ? weights : static_cast<double>(count);
@@ -87,7 +110,6 @@ struct Summary {
 inline Summary summarize(const Sequence& s) {
   Summary summary;
   for (int64_t begin = 0, end = 0; s.next_span(begin, end);) summary.add(s, begin, end);
-  summary.finish(s);
   return summary;
 }
 
@@ -243,21 +265,20 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
   const int64_t dim = p.layout.dim;
   const T* x = static_cast<const T*>(p.x) + index * p.stride_batch + s.origin * p.stride_token;
   Summary summary;
-  for (int64_t begin = 0, end = 0; s.next_span(begin, end);) {
+  for (int64_t begin = 0, end = 0; a.any() && s.next_span(begin, end);) {
     // A sentence of -inf alone has its maximum at its first token.
     if (a.argmax != nullptr && summary.count == 0) fill(a.argmax, dim, static_cast<int32_t>(begin));
     summary.add(s, begin, end);
-    if (a.any()) pool_span(a, s, x, p.stride_token, begin, end);
+    pool_span(a, s, x, p.stride_token, begin, end);
   }
-  summary.finish(s);
 
   Part<T> parts[kMaxModes];
   for (int64_t m = 0; m < p.mode_count; ++m) {
     const int64_t mode = p.modes[m];
-    const int64_t token = mode == kCls ? summary.first : mode == kLastToken ? summary.last : -1;
-    if (token >= 0) {
-      parts[m].token = x + token * p.stride_token;
-    } else if (mode != kCls && mode != kLastToken) {
+    if (picks(mode)) {
+      const int64_t token = picked(s, mode);
+      if (token >= 0) parts[m].token = x + token * p.stride_token;
+    } else {
       parts[m].sums = mode == kMax ? a.best : mode == kWeightedMean ? a.weighted : a.sum;
       if (mode != kMax) parts[m].denominator = summary.denominator(mode);
     }
@@ -285,10 +306,12 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
   }
 }
 
-inline void prefetch_mask(const Layout& l, int64_t index) {
+// Asks for what `picked` will look at: the end of the mask that it starts from, or all of it.
+inline void prefetch_mask(const Layout& l, int64_t index, bool cls_alone) {
   if (l.mask == nullptr || l.mask_stride_token != 1) return;
   const char* row = static_cast<const char*>(l.mask) + index * l.mask_stride_batch * l.mask_bytes;
-  for (int64_t byte = 0; byte < l.length * l.mask_bytes; byte += 64) prefetch(row + byte);
+  const int64_t bytes = cls_alone ? 1 : l.length * l.mask_bytes;
+  for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(row + byte);
 }
 
 // Asks for the rows that `cls` and `lasttoken` take: each is far from the last and alone, so nothing else fetches
@@ -296,10 +319,9 @@ inline void prefetch_mask(const Layout& l, int64_t index) {
 template <class T>
 void prefetch_picks(const Pool& p, int64_t index) {
   const Sequence s(p.layout, index);
-  const Summary summary = summarize(s);
   const T* x = static_cast<const T*>(p.x) + index * p.stride_batch + s.origin * p.stride_token;
   for (int64_t m = 0; m < p.mode_count; ++m) {
-    const int64_t token = p.modes[m] == kCls ? summary.first : summary.last;
+    const int64_t token = picked(s, p.modes[m]);
     for (int64_t d = 0; token >= 0 && d < p.layout.dim; d += static_cast<int64_t>(64 / sizeof(T))) {
       prefetch(x + token * p.stride_token + d);
     }
@@ -308,13 +330,16 @@ void prefetch_picks(const Pool& p, int64_t index) {
 
 template <class T>
 void pool(const Pool& p, int64_t begin, int64_t end, float* scratch) {
-  bool picks = true;
-  for (int64_t m = 0; m < p.mode_count; ++m) picks &= p.modes[m] == kCls || p.modes[m] == kLastToken;
+  bool only_picks = true, cls_alone = true;
+  for (int64_t m = 0; m < p.mode_count; ++m) {
+    only_picks &= picks(p.modes[m]);
+    cls_alone &= p.modes[m] == kCls;
+  }
   constexpr int64_t group = 8;
   for (int64_t i = begin; i < end; i += group) {
     const int64_t stop = i + group < end ? i + group : end;
-    for (int64_t j = i; j < stop; ++j) prefetch_mask(p.layout, j);
-    for (int64_t j = i; picks && j < stop; ++j) prefetch_picks<T>(p, j);
+    for (int64_t j = i; j < stop; ++j) prefetch_mask(p.layout, j, cls_alone);
+    for (int64_t j = i; only_picks && j < stop; ++j) prefetch_picks<T>(p, j);
     for (int64_t j = i; j < stop; ++j) pool_one<T>(p, j, scratch);
   }
 }
@@ -392,7 +417,7 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
   for (int64_t m = 0; m < p.mode_count; ++m) {
     const int64_t mode = p.modes[m];
     const float* part = grad_pooled + m * padded;
-    if (mode == kCls || mode == kLastToken) {
+    if (picks(mode)) {
       single = true;
     } else if (mode == kMax) {
       accumulate(&token_gradient.best, best, part, 1.0f);
@@ -417,7 +442,7 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
   write_zeros(grad_x + written * dim, (s.length - written) * dim);
 
   for (int64_t m = 0; single && m < p.mode_count; ++m) {
-    const int64_t token = p.modes[m] == kCls ? summary.first : p.modes[m] == kLastToken ? summary.last : -1;
+    const int64_t token = picks(p.modes[m]) ? picked(s, p.modes[m]) : -1;
     if (token < 0) continue;
     T* row = grad_x + token * dim;
     each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
