@@ -84,9 +84,10 @@ def _isa() -> str:
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """The machine, as it stands in a result file. `name` is what a reader calls it."""
     cpu = _cpu_field("model name") or platform.processor() or platform.machine()
+    cpu_model = f"family {_cpu_field('cpu family')}, model {_cpu_field('model')}"
     described = {
         "cpu": cpu,
-        "cpu_model": f"family {_cpu_field('cpu family')}, model {_cpu_field('model')}",
+        "cpu_model": cpu_model,
         "cores": len(os.sched_getaffinity(0)),
         "caches": _caches(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -104,7 +105,8 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         }
         return {"name": properties.name, **gpu, **described}
     words = "thread" if threads == 1 else "threads"
-    return {"name": f"{cpu}, {threads} {words}", **described, "isa": _isa()}
+    # On a virtual machine the name alone is the same for CPUs of which one is twice as fast as the other.
+    return {"name": f"{cpu} ({cpu_model}), {threads} {words}", **described, "isa": _isa()}
 
 
 def slug(described: dict[str, Any]) -> str:
