@@ -73,10 +73,12 @@ Tensor l2_normalize_backward(const Tensor& grad, const Tensor& x, Tensor norm, d
   return grad_x;
 }
 
-// Rows per task: all of them, unless the columns alone do not make enough tasks for the threads.
-int64_t rows_per_task(int64_t rows, int64_t column_tasks) {
-  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  int64_t per_task = rows;
+// Rows per task: all of them, unless the columns alone do not make enough tasks for the threads. Each thread has rows
+// of its own in a large result: two that touch one new page first both clear it, and one of them in vain.
+int64_t rows_per_task(int64_t rows, int64_t columns, int64_t column_tasks) {
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads()), wanted = 4 * threads;
+  const bool large = rows * columns * static_cast<int64_t>(sizeof(float)) >= kLargeBytes;
+  int64_t per_task = large && rows >= threads * kBlockRows ? (rows + threads - 1) / threads : rows;
   while (per_task > kBlockRows && column_tasks * ((rows + per_task - 1) / per_task) < wanted) {
     per_task = (per_task / 2 + kBlockRows - 1) / kBlockRows * kBlockRows;
   }
@@ -122,7 +124,7 @@ Tensor matrix(const Tensor& a, const Tensor& b, const float* norm_a, const float
   m.eps = eps;
 
   const int64_t column_tasks = (columns + kBlockColumns - 1) / kBlockColumns;
-  const int64_t height = rows_per_task(rows, batch * column_tasks);
+  const int64_t height = rows_per_task(rows, columns, batch * column_tasks);
   const int64_t row_tasks = (rows + height - 1) / height;
   auto* c = static_cast<float*>(scores.mutable_data_ptr());
   const int64_t per_task = height * (columns < kBlockColumns ? columns : kBlockColumns) * (m.depth + 1);
@@ -131,7 +133,7 @@ Tensor matrix(const Tensor& a, const Tensor& b, const float* norm_a, const float
         const std::unique_ptr<char[]> scratch(new char[kMatrixScratch]);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t i = task / (column_tasks * row_tasks);
-          const int64_t row = task % row_tasks * height, column = task / row_tasks % column_tasks * kBlockColumns;
+          const int64_t row = task / column_tasks % row_tasks * height, column = task % column_tasks * kBlockColumns;
           Matrix one = m;
           one.a = {at(a, batch_offset(a, i)), a.stride(d - 2), a.stride(d - 1)};
           one.b = {at(b, batch_offset(b, i)), b.stride(d - 2), b.stride(d - 1)};
