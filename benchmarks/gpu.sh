@@ -43,7 +43,7 @@ run() {
   if [[ $code != 0 && $name == *check-* ]] && grep -q "Device not supported" "$logs/$name.log"; then
     result="skipped: compute-sanitizer does not support this device"
   fi
-  printf '%-24s %5d s  %s' "$name" $((SECONDS - start)) "$result" >"$logs/$name.result"
+  printf '%-24s %5d s  %s\n' "$name" $((SECONDS - start)) "$result" >"$logs/$name.result"
 }
 
 # A step by itself, as benchmarks are.
@@ -72,8 +72,15 @@ show() {
   echo "=== $1"
   tail -n 40 "$logs/$1.log"
   cat "$logs/$1.result"
-  echo
   keep
+}
+
+table() {
+  local name
+  for name in "${names[@]}"; do
+    [[ -e $logs/$name.result ]] && cat "$logs/$name.result"
+  done
+  return 0
 }
 
 keep() {
@@ -82,7 +89,7 @@ keep() {
   for name in "${names[@]}"; do
     [[ -e $logs/$name.log ]] && printf '\n=== %s\n' "$name" && cat "$logs/$name.log"
   done >"$OUT/gpu.log"
-  cat "$logs"/*.result >"$OUT/table.txt" 2>/dev/null
+  table >"$OUT/table.txt"
   local file
   for file in "$results" "$encoder_results" "$triton" "$plot"; do
     [[ -n $file && -e $file ]] && cp "$file" "$OUT/"
@@ -93,7 +100,7 @@ keep() {
 skip() {
   names+=("$1")
   : >"$logs/$1.log"
-  printf '%-24s %5d s  skipped: %s' "$1" 0 "$2" >"$logs/$1.result"
+  printf '%-24s %5d s  skipped: %s\n' "$1" 0 "$2" >"$logs/$1.result"
 }
 
 has() {
@@ -222,8 +229,5 @@ fi
 
 keep
 echo
-for name in "${names[@]}"; do
-  cat "$logs/$name.result"
-  echo
-done
+table
 ! grep -q FAILED "$logs"/*.result
