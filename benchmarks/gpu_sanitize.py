@@ -6,6 +6,7 @@ compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py [--backend c
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,12 +17,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import CASES, DTYPES, Case
 
 import sentfast
+from sentfast.ops import search
 from sentfast.registry import BACKENDS, use_backend
+
+SEARCH = ("search_topk", "search_pairs", "search_count")
 
 
 def cases_of(backend: str) -> list[Case]:
     """The cases whose operators have a kernel on it."""
     return [case for case in CASES if backend in ("cpu", "reference", *case.gpu_backends)]
+
+
+def searches(backend: str) -> bool:
+    return backend != "cuda"  # which has no kernels for it
+
+
+def call_search(device: str) -> None:
+    """Of rows and of codes, for few queries and for many, in each metric."""
+    corpus = torch.randn(700, 33, device=device)
+    packed = search.pack(corpus)
+    for metric, count, codes in itertools.product(search.METRICS, (3, 150), (None, packed)):
+        queries = corpus[:count]
+        lowest = search.topk(queries, corpus, codes, k=5, metric=metric).scores[:, 2].contiguous()
+        search.pairs_above(queries, corpus, codes, threshold=lowest, metric=metric)
+        search.count_above(queries, corpus, codes, threshold=lowest, metric=metric)
 
 
 def call_every_operator(backend: str, device: str, every: int) -> set[str]:
@@ -34,6 +53,10 @@ def call_every_operator(backend: str, device: str, every: int) -> set[str]:
                     for x in call.tensors:
                         x.requires_grad_()
                     case.run(call).sum().backward()
+            print(f"{backend}: {case.name}", flush=True)
+        if searches(backend):
+            call_search(device)
+            print(f"{backend}: search", flush=True)
     if device == "cuda":
         torch.cuda.synchronize()
     return {operator for operator, _ in sentfast.report().calls}
@@ -48,6 +71,7 @@ def main() -> int:
     torch.manual_seed(0)
     for backend in options.backend:
         wanted = {operator for case in cases_of(backend) for operator in case.operators}
+        wanted |= set(SEARCH) if searches(backend) else set()
         ran = call_every_operator(backend, options.device, options.every)
         if wanted - ran:
             print(f"{backend}: {sorted(wanted - ran)} did not run", file=sys.stderr)

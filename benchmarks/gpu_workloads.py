@@ -1,10 +1,11 @@
-"""What is measured on a GPU beside the rows of workloads.py: attention of packed sequences, and the layers."""
+"""What is measured on a GPU beside the rows of workloads.py: attention of packed sequences, the layers, search."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import search as search_study
 import torch
 import torch.nn.functional as F
 from timing import Variant
@@ -12,6 +13,7 @@ from torch import Tensor
 from workload import OURS, STOCK, Inputs, Workload, random, rows_of, size
 
 from sentfast import functional, reference
+from sentfast.ops import search
 
 Attend = Callable[[Tensor, Inputs], Tensor]
 
@@ -310,4 +312,48 @@ def _up_rows() -> list[Workload]:
     return rows
 
 
-GPU_WORKLOADS = (*_attention_rows(), *_layer_rows(), *_up_rows())
+# ---- search ------------------------------------------------------------------------------------------------------
+
+
+def _search_inputs(case: search_study.Case) -> Callable[[torch.device, int, int], Inputs]:
+    def make(device: torch.device, shrink: int, seed: int) -> Inputs:
+        made = search_study.make(case, max(1, case.queries // shrink), rows_of(case.rows, shrink), seed)
+        queries, rows = (x.to(device) for x in made)
+        return {"queries": queries, "rows": rows, "packed": search.pack(rows)}
+
+    return make
+
+
+def _exact_topk(i: Inputs) -> Tensor:
+    """The scores of the best, a few queries at a time."""
+    rows = i["rows"].double()
+    rows /= rows.norm(dim=1, keepdim=True)
+    step = max(1, (1 << 27) // len(rows))
+    queries = i["queries"].double()
+    queries /= queries.norm(dim=1, keepdim=True)
+    return torch.cat([(part @ rows.T).topk(search_study.K, dim=1).values for part in queries.split(step)])
+
+
+def _search_rows() -> list[Workload]:
+    """Stock: the product and its top k, as semantic_search and FAISS's flat index on a GPU do it."""
+    return [
+        Workload(
+            name=f"gpu_search_{name}",
+            table="gpu_search",
+            title=f"top {search_study.K}, {case.queries:,} × {case.rows:,} × {search_study.DIM}",
+            make=_search_inputs(case),
+            variants=lambda: {
+                OURS: Variant(lambda i: search.topk(i["queries"], i["rows"], i["packed"], k=search_study.K).scores),
+                "rows as they are": Variant(lambda i: search.topk(i["queries"], i["rows"], k=search_study.K).scores),
+                STOCK: Variant(lambda i: (i["queries"] @ i["rows"].T).topk(search_study.K, dim=1).values),
+            },
+            exact=_exact_topk,
+            targets={STOCK: 1.0},
+            gpu=True,
+        )
+        for name, case in search_study.CASES.items()
+        if name in ("one", "many")
+    ]
+
+
+GPU_WORKLOADS = (*_attention_rows(), *_layer_rows(), *_up_rows(), *_search_rows())

@@ -27,10 +27,12 @@ def measure(device: torch.device, threads: int, *, quick: bool = False) -> Limit
     """Every limit of :data:`LIMITS`, None where it cannot be measured here."""
     clock = Clock(device)
     found: Limits = {**_bandwidths(device, clock, (32 if quick else 512) << 20, 3 if quick else 7)}
+    # Large enough to fill it.
+    size = 512 if quick else 8192 if device.type == "cuda" else 2048
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         found[f"peak_{name}"] = peak(name, threads, 0.05 if quick else 0.5) if device.type == "cpu" else None
-        found[f"gemm_{name}"] = _gemm(device, clock, dtype, 512 if quick else 2048)
+        found[f"gemm_{name}"] = _gemm(device, clock, dtype, size)
     return found
 
 

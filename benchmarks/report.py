@@ -274,7 +274,11 @@ def plot(name: str, result: Result, folder: Path = IMAGES) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a block is out of date")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw this result file and do nothing else")
     options = parser.parse_args(arguments)
+    if options.plot:
+        print(f"drew {plot(options.plot.stem, json.loads(options.plot.read_text()))}")
+        return 0
     results = load()
     stale = []
     for path in documents():

@@ -94,6 +94,36 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["rows"])
+def _gated_kernel(x, bias, y, rows, columns, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    used = lane < columns
+    inside = (row < rows)[:, None] & used[None, :]
+    x += row[:, None] * 2 * columns + lane[None, :]
+    value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + lane, mask=used, other=0.0)[None, :]
+        gate += tl.load(bias + columns + lane, mask=used, other=0.0)[None, :]
+    value = activate(value, ACTIVATION) * gate
+    tl.store(y + row[:, None] * columns + lane[None, :], value.to(y.dtype.element_ty), mask=inside)
+
+
+@implements("gated_activation")
+def gated_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    columns = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], columns)
+    if y.numel():
+        rows = y.numel() // columns
+        block = elementwise_tile(columns)
+        grid = triton.cdiv(rows, block["ROWS"]), triton.cdiv(columns, block["BLOCK_D"])
+        bias = None if bias is None else bias.contiguous()
+        with on_device(x):
+            _gated_kernel[grid](x.contiguous(), bias, y, rows, columns, ACTIVATION=activation, **block)
+    return y
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _activation_backward_kernel(
     grad,
     x,

@@ -20,9 +20,9 @@ from .triton_utils import loop_bound, on_device
 LN2 = tl.constexpr(0.6931471805599453)
 
 # By the padded head size: (queries, keys, warps, stages). Sequences are short and the loop has few steps, so blocks per
-# SM count more than steps under way. Half numbers, up to 64 columns: three blocks of 64 queries per SM; or one or two
-# of 128 by twice the warps, which read the keys half as often and are for sequences of more than 128. Keys are as many
-# in both, so the bits of a result do not depend on the longest sequence beside it.
+# SM count more than steps under way. Half numbers, up to 64 columns: three blocks of 64 queries per SM (two on sm_100);
+# or one or two of 128 by twice the warps, which read the keys half as often and are for sequences of more than 128.
+# Keys are as many in both, so the bits of a result do not depend on the longest sequence beside it.
 _HALF = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}
 _HALF_LONG = _HALF | {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2)}
 _FLOAT32 = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}

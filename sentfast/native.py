@@ -132,6 +132,7 @@ def load_triton() -> None:
         importlib.import_module("sentfast.kernels.dropout")
         importlib.import_module("sentfast.kernels.layers")
         importlib.import_module("sentfast.kernels.activation")
+        importlib.import_module("sentfast.kernels.rotary")
         importlib.import_module("sentfast.kernels.linear")
         importlib.import_module("sentfast.kernels.attention")
         importlib.import_module("sentfast.kernels.attention_backward")

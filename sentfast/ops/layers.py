@@ -40,6 +40,14 @@ def _activation_fake(x, bias, activation):
     return _like(x)
 
 
+def _gated_fake(x, bias, activation):
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def _rotate_fake(qkv, position_ids, cosines, sines):
+    return None
+
+
 def _activation_backward_fake(grad, x, bias, activation):
     return _like(x), x.new_empty(0 if bias is None else x.shape[-1], dtype=accumulation_dtype(x.dtype))
 
@@ -71,6 +79,19 @@ _bias_activation_backward = define(
     "bias_activation_backward(Tensor grad, Tensor x, Tensor? bias, int activation) -> (Tensor, Tensor)",
     reference=reference.bias_activation_backward,
     fake=_activation_backward_fake,
+)
+
+
+# Without a gradient, for the encoder on a GPU.
+_gated_activation = define(
+    "gated_activation(Tensor x, Tensor? bias, int activation) -> Tensor",
+    reference=reference.gated_activation,
+    fake=_gated_fake,
+)
+_rotate_ = define(
+    "rotate_(Tensor(a!) qkv, Tensor position_ids, Tensor cosines, Tensor sines) -> ()",
+    reference=reference.rotate_,
+    fake=_rotate_fake,
 )
 
 

@@ -13,8 +13,10 @@ from sentfast.reference.layers import (
     bias_activation_backward,
     dropout_add_layer_norm_backward,
     dropout_add_layer_norm_forward,
+    gated_activation,
     linear_activation,
     product,
+    rotate_,
 )
 from sentfast.reference.losses import DIRECTIONS, HARDNESS_MODES, contrastive_loss, contrastive_loss_forward
 from sentfast.reference.pooling import (
@@ -76,6 +78,7 @@ __all__ = [
     "dropout_add_layer_norm_backward",
     "dropout_add_layer_norm_forward",
     "encoder",
+    "gated_activation",
     "l2_normalize_backward",
     "l2_normalize_forward",
     "linear_activation",
@@ -85,6 +88,7 @@ __all__ = [
     "pool_backward",
     "pool_forward",
     "product",
+    "rotate_",
     "unpack_panels",
     "varlen_attention_backward",
     "varlen_attention_forward",

@@ -89,6 +89,25 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     return ACTIVATION_FUNCTIONS[activation](_shifted(x, bias)).to(x.dtype).contiguous()
 
 
+def gated_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    """activation(h) * gate of x + bias, whose last dimension holds h and then gate."""
+    h, gate = _shifted(x, bias).chunk(2, dim=-1)
+    return (ACTIVATION_FUNCTIONS[activation](h) * gate).to(x.dtype)
+
+
+def rotate_(qkv: Tensor, position_ids: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    """Turns queries and keys in place by the angles of their token's position (rotary embedding).
+
+    qkv: [T, 3, heads, d], the halves of a head are real and imaginary parts; position_ids: integers [T];
+    cosines, sines: [P, d / 2].
+    """
+    turned = qkv.narrow(1, 0, 2)
+    acc = accumulation_dtype(qkv.dtype)
+    real, imaginary = turned.to(acc).chunk(2, dim=-1)
+    c, s = (x.index_select(0, position_ids)[:, None, None].to(acc) for x in (cosines, sines))
+    turned.copy_(torch.cat([real * c - imaginary * s, imaginary * c + real * s], dim=-1))
+
+
 def bias_activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, activation: int) -> tuple[Tensor, Tensor]:
     """Gradients of x and bias; that of the bias is empty where there is none."""
     z = _shifted(x, bias)
