@@ -122,6 +122,7 @@ class BuildLibraries(build_ext):
         sources = {f"cpu/tier_{tier}": f"{flags} {_QUIET}" for tier, flags in tiers.items()}
         sources |= {
             "cpu/isa": "",
+            "cpu/wordpiece": "",
             "cpu/pooling": self.torch_flags,
             "cpu/similarity": self.torch_flags,
             "cpu/linear": self.torch_flags,

@@ -1,5 +1,6 @@
-// The Python module `sentfast._C`: reads and sets the instruction set, measures its speed, fingerprints memory. No
-// tensors here; importing the module registers the operators' CPU kernels with PyTorch.
+// The Python module `sentfast._C`: reads and sets the instruction set, measures its speed, fingerprints memory, takes
+// texts apart. No tensors here; importing the module registers the operators' CPU kernels with PyTorch.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +12,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/profile.h"
+#include "cpu/wordpiece.h"
 
 namespace py = pybind11;
 using namespace sentfast::cpu;
@@ -102,6 +104,37 @@ std::map<std::string, double> encoder_profile(bool enabled) {
   return seconds;
 }
 
+// (ids, lengths): int32, those of one text after the other, each between `before` and `after` and with at most `most`
+// of its own; int64, -1 for what was left out: texts that were declined, and what is no string.
+std::pair<py::array_t<int32_t>, py::array_t<int64_t>> tokenize(const WordPiece& pieces, const py::sequence& texts,
+                                                               const std::vector<int32_t>& before,
+                                                               const std::vector<int32_t>& after, size_t most) {
+  const py::tuple kept(texts);  // so that the strings outlive a change of the list by another thread
+  std::vector<std::string_view> views(kept.size());
+  for (size_t i = 0; i < kept.size(); ++i) {
+    if (!PyUnicode_CheckExact(kept[i].ptr())) continue;
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(kept[i].ptr(), &size);
+    if (text == nullptr) PyErr_Clear();  // half of a surrogate pair
+    views[i] = {text, static_cast<size_t>(size)};
+  }
+  std::vector<int32_t> ids;
+  py::array_t<int64_t> lengths(static_cast<py::ssize_t>(views.size()));
+  int64_t* length = lengths.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    for (size_t i = 0; i < views.size(); ++i) {
+      const size_t start = ids.size();
+      ids.insert(ids.end(), before.begin(), before.end());
+      const bool done = views[i].data() != nullptr && pieces.encode(views[i], most, ids);
+      if (done) ids.insert(ids.end(), after.begin(), after.end());
+      length[i] = done ? static_cast<int64_t>(ids.size() - start) : -1;
+      if (!done) ids.resize(start);
+    }
+  }
+  return {py::array_t<int32_t>(static_cast<py::ssize_t>(ids.size()), ids.data()), std::move(lengths)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -112,6 +145,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_gflops", &linear_gflops, py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
         py::arg("seconds"));
   m.def("encoder_profile", &encoder_profile, py::arg("enabled"));
+  py::class_<WordPiece>(m, "WordPiece")
+      .def(py::init<const WordPiece::Vocabulary&, std::vector<std::string>, int32_t, size_t, bool>(),
+           py::arg("vocabulary"), py::arg("added"), py::arg("unknown"), py::arg("longest_word"), py::arg("lowercase"))
+      .def("__call__", &tokenize, py::arg("texts"), py::arg("before"), py::arg("after"), py::arg("most"));
   m.def("fingerprint", &fingerprint, py::arg("pointers"), py::arg("sizes"));
   isa();  // an unusable SENTFAST_CPU_ISA is an error at import, not at the first call
 }

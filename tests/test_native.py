@@ -32,7 +32,8 @@ def test_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     assert shutil.which(compiler), f"{compiler} is needed for these tests"
     common = [compiler, "-std=c++17", "-g1", "-Wno-psabi", *SANITIZERS[sanitizer].split()]
     sources = {ROOT / "csrc" / "cpu" / f"tier_{tier}.cpp": flags for tier, flags in tier_flags().items()}
-    sources |= {ROOT / "csrc" / "cpu" / "isa.cpp": "", ROOT / "tests" / "native" / "main.cpp": ""}
+    sources |= {ROOT / "csrc" / "cpu" / f"{name}.cpp": "" for name in ("isa", "wordpiece")}
+    sources[ROOT / "tests" / "native" / "main.cpp"] = ""
     objects, running = [], []
     for source, flags in sources.items():
         objects.append(str(tmp_path / f"{source.stem}.o"))

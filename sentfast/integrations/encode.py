@@ -263,8 +263,7 @@ def _batches(tokens: tokenize.Tokens, plan: Plan) -> Iterator[Batch]:
 
 
 def _gather(tokens: tokenize.Tokens, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Batch:
-    packed = lengths.cumsum() - lengths
-    index = np.arange(lengths.sum()) + np.repeat(starts - packed, lengths)
+    index = tokenize.gather(starts, lengths)
     types = None if tokens.types is None else tokens.types[index]
     return _batch(rows, tokens.ids[index], types, lengths)
 

@@ -2,10 +2,12 @@
 
 A fast tokenizer keeps padding and truncation as state and refuses to change it while another thread uses it. So a call
 works with a copy of its own: the parts (vocabulary, normaliser, ...) are shared, only the shell around them is new.
+Texts that :mod:`wordpiece` can take never come to it.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -15,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from sentfast.integrations import wordpiece
 
 # A tokenizer class that overrides one of these may give other ids.
 _STEPS = (
@@ -88,7 +92,7 @@ def prompt_length(transformer: Any, prompt: str) -> int:
 
 
 class Tokenizer:
-    """What one call needs to tokenise: a private copy of `tokenizer`, without padding.
+    """What one call needs to tokenise: a private copy of `tokenizer`, without padding, and the table of its pieces.
 
     The original is left with the padding and truncation that sentence-transformers gives it in every call, because
     they are saved with the model.
@@ -107,18 +111,36 @@ class Tokenizer:
                     original.encode_special_tokens = tokenizer.split_special_tokens
             except RuntimeError:  # another thread is tokenising with it; the copy does not depend on it
                 pass
-            self._backend = _copy(original)
-        self._backend.encode_special_tokens = tokenizer.split_special_tokens
-        if truncation.value != "do_not_truncate":
-            self._backend.enable_truncation(
-                max_length, stride=0, strategy=truncation.value, direction=tokenizer.truncation_side
-            )
+            fits = tokenizer.truncation_side == "right" and not tokenizer.split_special_tokens
+            self._table = wordpiece.find(tokenizer, original) if fits else None
+        self._owner, self._original = tokenizer, original
+        self._truncation = None if truncation.value == "do_not_truncate" else (max_length, truncation.value)
         self._with_types = "token_type_ids" in tokenizer.model_input_names
         self._prompt = prompt
+
+    @functools.cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        with _shared_state:
+            copy = _copy(self._original)
+        copy.encode_special_tokens = self._owner.split_special_tokens
+        if self._truncation is not None:
+            most, strategy = self._truncation
+            copy.enable_truncation(most, stride=0, strategy=strategy, direction=self._owner.truncation_side)
+        return copy
 
     def __call__(self, texts: list) -> Tokens:
         if self._prompt:
             texts = [_prepend(self._prompt, text) for text in texts]
+        found = None if self._table is None else self._table(texts, self._truncation and self._truncation[0])
+        if found is None:
+            return self._by_library(texts)
+        ids, lengths = found
+        left = np.flatnonzero(lengths < 0)
+        if not len(left):
+            return Tokens(ids, None, lengths)
+        return _insert(Tokens(ids, None, lengths), left, self._by_library([texts[i] for i in left]))
+
+    def _by_library(self, texts: list) -> Tokens:
         if len(texts) <= _FEW:
             encodings = [self._encode_one(text) for text in texts]
         else:
@@ -126,6 +148,7 @@ class Tokenizer:
         rows = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = _flat(rows, lengths)
+        wordpiece.count(self._owner, len(ids))
         if not self._with_types:
             return Tokens(ids, None, lengths)
         # The types of a single text depend on its template alone, so that of one text tells for all.
@@ -164,6 +187,24 @@ def _prepend(prompt: str, text: Any) -> Any:
 
 def _flat(rows: list[list[int]], lengths: np.ndarray) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
+
+
+def _insert(tokens: Tokens, rows: np.ndarray, others: Tokens) -> Tokens:
+    """`tokens` with those of `others` in the rows that have a negative length."""
+    lengths = tokens.lengths.copy()
+    lengths[rows] = others.lengths
+    starts = np.maximum(tokens.lengths, 0).cumsum() - tokens.lengths
+    starts[rows] = len(tokens.ids) + others.lengths.cumsum() - others.lengths
+    index = gather(starts, lengths)
+    types = None
+    if others.types is not None:
+        types = np.concatenate([np.zeros_like(tokens.ids), others.types])[index]
+    return Tokens(np.concatenate([tokens.ids, others.ids])[index], types, lengths)
+
+
+def gather(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The places of all tokens of texts that begin at `starts`, one text after the other."""
+    return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
 
 
 def _join(pieces: list[Tokens]) -> Tokens:

@@ -7,6 +7,7 @@
 #include "search_test.h"
 #include "similarity_test.h"
 #include "training_test.h"
+#include "wordpiece_test.h"
 
 namespace {
 
@@ -60,6 +61,7 @@ void test_encoder() {
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
   using namespace sentfast::cpu;
+  for (int round = 0; round < 50 * rounds; ++round) check::test_wordpiece();
   for (int i = 0; i < kIsas; ++i) {
     if (!isa_supported(static_cast<Isa>(i))) continue;
     set_isa(isa_name(static_cast<Isa>(i)));
