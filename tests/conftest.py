@@ -63,3 +63,19 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device, "_COMPOSED", {"cpu", "cuda"})
     with encoders.surroundings():
         yield
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory):
+    """Tiny base models on disk, by kind."""
+    from encode_cases import save_bases
+
+    return save_bases(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def makers(paths):
+    """Functions that build models of sentence-transformers on them."""
+    from encode_cases import makers_of
+
+    return makers_of(paths)

@@ -237,3 +237,23 @@ def test_a_fork_while_another_thread_packs():
         os.waitpid(child, 0)
         pytest.fail("the child waits for a lock that nobody holds")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(encoders.BACKEND != "cpu", reason="the compiled CPU kernels are not loaded")
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_a_small_model_is_packed_after_its_first_tokens_and_keeps_its_bits(kind, monkeypatch):
+    model, batch = encoders.model(kind), encoders.batch(LENGTHS)
+    packed = []
+
+    def counted(*arguments):
+        packed.append(arguments[2:])
+        return weights.pack(*arguments)
+
+    monkeypatch.setattr(module, "pack", counted)
+    monkeypatch.setattr(module, "AS_THEY_ARE", sum(LENGTHS))
+    results = [check(model, batch)[1] for _ in range(3)]
+    assert packed == [(True,), ()]
+    assert all(torch.equal(results[0], result) for result in results[1:])
+    monkeypatch.setattr(module, "AS_THEY_ARE", 0)
+    assert torch.equal(check(copy.deepcopy(model), batch)[1], results[0])
+    assert packed == [(True,), (), (True,), ()]

@@ -19,14 +19,18 @@ from sentfast.encoder.composed import Composed
 from sentfast.encoder.device import composed
 from sentfast.encoder.examine import ATTENTION_IMPLEMENTATIONS, Parts, Refusal, examine
 from sentfast.encoder.structure import State, Structure, global_hooks, has_hooks
-from sentfast.encoder.weights import pack
+from sentfast.encoder.weights import can_stay, large, pack
 from sentfast.integrations import guards
 from sentfast.ops.encoder import encoder as operator
 from sentfast.reference import POOLING_MODES
 
+# Tokens computed with the matrices of a small model as they are, before they are put into panels: packing MiniLM
+# takes as long as panels save in some twenty queries, and more than its first query.
+AS_THEY_ARE = 256
+
 
 class Encoder:
-    """Runs a model's layers over packed sequences. Made by :func:`encoder_of`; holds nothing of the model but tensors.
+    """Runs a model's layers over packed sequences. Made by :func:`encoder_of`; holds tensors of the model, and its layers until they are packed.
 
     Attributes:
         architecture: model type of transformers.
@@ -44,7 +48,9 @@ class Encoder:
         self.precision = choice.precision_name(compute_dtype)
         self.dtype, self.device = parts.dtype, parts.device
         self._words = parts.words.weight.detach().contiguous()
-        self._weights = pack(parts, compute_dtype)
+        self._weights = pack(parts, compute_dtype, True)
+        self._to_pack = parts if can_stay(parts, compute_dtype) and not large(parts) else None
+        self._tokens = 0
         windows = list(parts.windows) if any(window >= 0 for window in parts.windows) else []
         self._form = (parts.heads, parts.activation, windows, parts.architecture.pre_norm, parts.architecture.gated)
         self._eps = parts.eps
@@ -90,6 +96,8 @@ class Encoder:
             arguments.check(self.tables, input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
         if position_ids is None and self.tables.has_padding(input_ids):
             position_ids = self.tables.count_positions(input_ids, cu_seqlens)
+        if self._to_pack is not None:
+            self._pack_if_worth(input_ids.shape[0])
         heads, activation, windows, pre_norm, gated = self._form
         return operator(
             self._words,
@@ -110,6 +118,13 @@ class Encoder:
             normalize,
             padded_length,
         )
+
+    def _pack_if_worth(self, tokens: int) -> None:
+        """The bits of a result are the same before and after."""
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            self._tokens += tokens
+            if self._to_pack is not None and self._tokens > AS_THEY_ARE:
+                self._weights, self._to_pack = pack(self._to_pack, torch.float32), None
 
 
 class _Entry:

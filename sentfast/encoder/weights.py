@@ -23,12 +23,27 @@ LARGE = 64 << 20
 Matrix = Callable[[Sequence[Tensor]], Tensor]
 
 
-def pack(parts: Parts, compute_dtype: torch.dtype) -> list[Tensor]:
-    """compute_dtype: float32 or bfloat16, in which the products are computed."""
+def _matrices(parts: Parts) -> list[Tensor]:
     matrices = [linear.weight for layer in parts.layers for linear in (*layer.qkv, layer.output, layer.up, layer.down)]
-    matrices += [] if parts.projection is None else [parts.projection.weight]
-    plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in matrices)
-    stays = plain and compute_dtype == torch.float32 and sum(x.nbytes for x in matrices) >= LARGE
+    return matrices + ([] if parts.projection is None else [parts.projection.weight])
+
+
+def can_stay(parts: Parts, compute_dtype: torch.dtype) -> bool:
+    """Whether the products can read the matrices where they are."""
+    plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in _matrices(parts))
+    return plain and compute_dtype == torch.float32
+
+
+def large(parts: Parts) -> bool:
+    return sum(x.nbytes for x in _matrices(parts)) >= LARGE
+
+
+def pack(parts: Parts, compute_dtype: torch.dtype, small_too: bool = False) -> list[Tensor]:
+    """compute_dtype: float32 or bfloat16, in which the products are computed.
+
+    small_too: the matrices of a small model stay where they are as well.
+    """
+    stays = can_stay(parts, compute_dtype) and (small_too or large(parts))
     matrix: Matrix = _itself if stays else partial(panels, dtype=compute_dtype)
     head = Embedding(
         positions=_table(parts.positions),
