@@ -30,7 +30,9 @@ AS_THEY_ARE = 256
 
 
 class Encoder:
-    """Runs a model's layers over packed sequences. Made by :func:`encoder_of`; holds tensors of the model, and its layers until they are packed.
+    """Runs a model's layers over packed sequences. Made by :func:`encoder_of`.
+
+    Holds tensors of the model, and its layers until they are packed.
 
     Attributes:
         architecture: model type of transformers.
