@@ -51,12 +51,12 @@ def rows_with_ties(count: int = 150, dim: int = 20) -> torch.Tensor:
 def test_topk(metric, k):
     queries, rows = torch.randn(33, 20), rows_with_ties()
     assert_found(search.topk(queries, rows, k, metric=metric), exact(queries, rows, metric), k)
-    for precision in ("int8", "fp32"):
+    for precision in ("int8", "bf16", "fp32"):
         corpus = search.Corpus(rows, precision, metric=metric)
         result = corpus.topk(queries, k)
         assert_found(result, exact(queries, rows, metric), k)
         assert result.stats.pairs == 33 * 150 and result.stats.nans == 0
-        assert (result.stats.bound > 0) == (precision == "int8")
+        assert (result.stats.bound > 0) == (precision != "fp32")
         assert corpus.stats == result.stats
         again = search.topk(queries, corpus, k)
         assert torch.equal(again.indices, result.indices) and corpus.stats.pairs == 2 * 33 * 150
@@ -368,7 +368,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-@pytest.mark.parametrize("precision", ["int8", "fp32"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
 @pytest.mark.parametrize("ids", [None, list(range(1000, 1100))], ids=["no ids", "numbers"])
 def test_save_and_load(tmp_path, mmap, precision, ids):
     queries, rows = torch.randn(7, 33), torch.randn(100, 33)
