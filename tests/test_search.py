@@ -385,6 +385,18 @@ def test_save_and_load(tmp_path, mmap, precision, ids):
     assert len(search.Corpus.load(path)) == 105
 
 
+def test_what_the_guide_hands_to_faiss():
+    pytest.importorskip("faiss")
+    guide = (Path(__file__).parent.parent / "docs" / "search.md").read_text()
+    snippet = next(block for block in guide.split("```python\n") if block.startswith("import faiss")).split("```")[0]
+    rows, queries = torch.randn(200, 16), torch.randn(5, 16)
+    corpus = search.Corpus(rows[:120])
+    corpus.append(rows[120:])
+    scope = {"torch": torch, "corpus": corpus, "queries": queries}
+    exec(snippet, scope)
+    np.testing.assert_array_equal(scope["indices"], corpus.topk(queries, 10).indices)
+
+
 def test_other_programs_read_the_file(saved):
     safetensors = pytest.importorskip("safetensors.torch")
     path, rows, corpus = saved
