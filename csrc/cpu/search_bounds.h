@@ -148,7 +148,7 @@ struct SearchPass {
     constexpr double most = std::numeric_limits<float>::max();
     for (size_t n = 0; n < aim.size(); ++n) {
       const double moved = weight * shift[n], bent = curve * bend[n], x = aim[n] - moved + bent;
-      const double slack = rounding * (std::fabs(aim[n]) + std::fabs(moved) + bent) + std::fabs(x) * 0x1p-22 + 1e-40;
+      const double slack = rounding * (std::fabs(aim[n]) + std::fabs(moved) + bent) + std::fabs(x) * 0x1p-22 + 1e-37;
       limit[n] = static_cast<float>(std::min(std::max(x - slack, -most), most));
     }
   }
