@@ -108,6 +108,13 @@ def check(name: str, queries: Tensor, rows: Tensor, scores: Tensor, ids: Tensor)
             raise gate.Refused(f"{name}: query {i} has {ids[i].tolist()}, exact is {order.tolist()}")
 
 
+def check_backend(name: str, ran: dict[str, Any], backends: tuple[str, ...]) -> None:
+    """Refuses a search that ran elsewhere than on `backends`."""
+    used = {backend for op, calls in ran["calls"].items() for backend in calls if op.startswith("search_")}
+    if not used or not used <= set(backends):
+        raise gate.Refused(f"{name}: ran on {sorted(used)}, wanted {sorted(backends)}")
+
+
 def measure(settings: Settings) -> dict[str, Any]:
     """name -> row."""
     rows = {}
@@ -123,13 +130,17 @@ def _row(name: str, case: Case, count: int, size: int, settings: Settings) -> di
     from sentence_transformers import util
 
     from sentfast.ops import search
+    from sentfast.report import report
 
     queries, rows = make(case, count, size, settings.seed)
+    report(reset=True)
     start = time.perf_counter()
     packed = search.pack(rows)
     packing = time.perf_counter() - start
     index, adding = flat_index(rows, settings.threads)
     found = search.topk(queries, rows, packed, k=K)
+    ran = report(reset=True).to_dict()
+    check_backend(name, ran, settings.backends)
     check(name, queries, rows, found.scores, found.ids)
     variants = {OURS: Variant(lambda _: search.topk(queries, rows, packed, k=K)[:2])}
     if case.stock:
@@ -143,6 +154,7 @@ def _row(name: str, case: Case, count: int, size: int, settings: Settings) -> di
         "title": f"{count:,} × {size:,} × {DIM}, {case.title}",
         "seed": settings.seed,
         "rounds": len(samples[OURS]),
+        "ran": {OURS: ran},
         "statistics": found.statistics._asdict(),
         "seconds": {variant: spread(taken) for variant, taken in samples.items()},
         "ratios": {variant: ratio(samples[variant], samples[OURS]) for variant in samples if variant != OURS},

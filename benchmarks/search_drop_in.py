@@ -108,14 +108,22 @@ CASES = {
 
 def measure(settings: Settings) -> dict[str, Any]:
     """The seconds, bytes and results of one call, after a small one for what libraries and threads take."""
+    from sentfast.report import report
+
     case, shrink = CASES[settings.extra["case"]], QUICK_SHRINK if settings.quick else 1
-    with switched(settings.extra["variant"] == OURS):
+    ours = settings.extra["variant"] == OURS
+    report(reset=True)
+    with switched(ours):
         case.call(*search.make(CLUSTERS, 20, 300, settings.seed))
         queries, rows = search.make(CLUSTERS, case.queries // shrink, case.rows // shrink, settings.seed)
         results: list[float] = []
         start = time.perf_counter()
         extra = peak_extra(lambda: results.extend(case.call(queries, rows)), CPU)
-        return {"bytes": extra, "seconds": time.perf_counter() - start, "results": results}
+        seconds = time.perf_counter() - start
+    ran = report(reset=True).to_dict()
+    if ours:
+        search.check_backend(settings.extra["case"], ran, settings.backends)
+    return {"bytes": extra, "seconds": seconds, "results": results, "ran": ran}
 
 
 # ---- in the process of bench.py ------------------------------------------------------------------------------------
@@ -137,6 +145,7 @@ def run(settings: Settings, timeout: float = 600.0) -> dict[str, Any]:
             "title": f"{case.title}, {size}",
             "seed": settings.seed,
             "rounds": 1,
+            "ran": {OURS: found[OURS]["ran"]},
             "seconds": {v: dict.fromkeys(("median", "q1", "q3", "min", "max"), x["seconds"]) for v, x in found.items()},
             "ratios": {OURS: _ratio(found)},
             "extra_memory": {variant: one["bytes"] for variant, one in found.items()},

@@ -80,9 +80,9 @@ def _kth_lower(lower: Tensor, k: int, excluded: Tensor | None) -> Tensor:
 
 
 @implements("search_pack")
-def search_pack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def search_pack(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's own operations: a corpus is packed once."""
-    return definition.search_pack(rows)
+    return definition.search_pack(rows, bits)
 
 
 @implements("search_topk")

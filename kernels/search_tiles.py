@@ -23,7 +23,7 @@ _EPS = tl.constexpr(NORMALIZE_EPS)
 _INFINITY = tl.constexpr(float("inf"))
 _SLACK = tl.constexpr(2.0**-18)  # more than all roundings to float32 around the products
 _PANEL = tl.constexpr(definition.SEARCH_PANEL)
-_GROUP = tl.constexpr(definition.SEARCH_GROUP)
+_GROUP = tl.constexpr(definition.SEARCH_GROUPS[8])
 _FACTORS = tl.constexpr(definition.SEARCH_FACTORS)
 
 _ROWS = 128  # of the corpus in a tile
@@ -285,7 +285,9 @@ def prepare(
     first: int = -1,
 ) -> Rows:
     """wanted: the rows that each query looks for."""
-    if factors is None:
+    if codes is None or factors is None or codes.dtype != torch.uint8:
+        # With bf16 codes the rows themselves are multiplied too: tf32 is as fast, and cuts less.
+        codes = factors = center = None
         norms = _norms(corpus)
     else:
         norms = factors[:, 3].flatten()[: len(corpus)]
@@ -297,13 +299,13 @@ def prepare(
 
 def _query_factors(queries: Tensor, corpus: Rows) -> tuple[Tensor, Tensor]:
     """The queries as the first pass multiplies them, and their factors [5, Q]."""
-    factors = queries.new_zeros(definition.SEARCH_FACTORS, len(queries))
+    factors = queries.new_zeros(5, len(queries))
     factors[0] = _norms(queries)
     if corpus.center is None:
         return queries, factors
     center = corpus.center.double()
-    signed, values = definition._quantize(queries.double(), center)
-    unit, _ = definition._unit(queries.double())
+    signed, values = definition.quantize(queries.double(), center, 8)
+    unit, _ = definition.unit(queries.double())
     factors[1:3] = values[:2]
     factors[3] = (torch.linalg.vector_norm(unit - center, dim=1) * (1 + 2.0**-20)).float()
     factors[4] = (unit @ center).float()

@@ -51,12 +51,12 @@ def rows_with_ties(count: int = 150, dim: int = 20) -> torch.Tensor:
 def test_topk(metric, k):
     queries, rows = torch.randn(33, 20), rows_with_ties()
     assert_found(search.topk(queries, rows, k, metric=metric), exact(queries, rows, metric), k)
-    for precision in ("int8", "fp32"):
+    for precision in ("int8", "bf16", "fp32"):
         corpus = search.Corpus(rows, precision, metric=metric)
         result = corpus.topk(queries, k)
         assert_found(result, exact(queries, rows, metric), k)
         assert result.stats.pairs == 33 * 150 and result.stats.nans == 0
-        assert (result.stats.bound > 0) == (precision == "int8")
+        assert (result.stats.bound > 0) == (precision != "fp32")
         assert corpus.stats == result.stats
         again = search.topk(queries, corpus, k)
         assert torch.equal(again.indices, result.indices) and corpus.stats.pairs == 2 * 33 * 150
@@ -368,7 +368,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-@pytest.mark.parametrize("precision", ["int8", "fp32"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
 @pytest.mark.parametrize("ids", [None, list(range(1000, 1100))], ids=["no ids", "numbers"])
 def test_save_and_load(tmp_path, mmap, precision, ids):
     queries, rows = torch.randn(7, 33), torch.randn(100, 33)
@@ -383,6 +383,18 @@ def test_save_and_load(tmp_path, mmap, precision, ids):
     corpus.save(path)  # over the file that it is mapped from
     assert_found(corpus.topk(queries, 10), exact(queries, torch.cat([rows, rows[:5]]), "euclidean"), 10)
     assert len(search.Corpus.load(path)) == 105
+
+
+def test_what_the_guide_hands_to_faiss():
+    pytest.importorskip("faiss")
+    guide = (Path(__file__).parent.parent / "docs" / "search.md").read_text()
+    snippet = next(block for block in guide.split("```python\n") if block.startswith("import faiss")).split("```")[0]
+    rows, queries = torch.randn(200, 16), torch.randn(5, 16)
+    corpus = search.Corpus(rows[:120])
+    corpus.append(rows[120:])
+    scope = {"torch": torch, "corpus": corpus, "queries": queries}
+    exec(snippet, scope)
+    np.testing.assert_array_equal(scope["indices"], corpus.topk(queries, 10).indices)
 
 
 def test_other_programs_read_the_file(saved):

@@ -28,10 +28,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_rows_of_the_study(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = search.measure(Settings(quick=True, rounds=2))
+    rows = search.measure(Settings(quick=True, rounds=2, backends=("cpu", "reference")))
     assert set(rows) == {f"search_{name}" for name in search.CASES}
     for row in rows.values():
         search.finish(row, {})
+        assert "search_topk" in row["ran"][OURS]["calls"]
         if search.FAISS not in row["ratios"]:
             assert row["note"] == "FAISS is not installed"
             assert "FAISS is not there" in capsys.readouterr().out or row["case"] != "many"
@@ -53,6 +54,13 @@ def test_the_check_refuses_other_answers() -> None:
         search.check("wrong", queries, rows, found.scores, found.ids.flip(1))
     with pytest.raises(gate.Refused):
         search.check("off", queries, rows, found.scores + 1e-5, found.ids)
+
+
+def test_another_backend_is_refused() -> None:
+    search.check_backend("right", {"calls": {"search_topk": {"cpu": 1}}}, ("cpu",))
+    for calls in ({"search_topk": {"reference": 1}}, {"pool": {"cpu": 1}}):
+        with pytest.raises(gate.Refused, match="wrong: ran on"):
+            search.check_backend("wrong", {"calls": calls}, ("cpu",))
 
 
 def test_data_is_of_unit_length() -> None:

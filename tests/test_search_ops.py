@@ -41,6 +41,20 @@ def near(distance: float) -> Callable[[int, int], Tensor]:
     return lambda n, d: torch.linspace(-1, 1, d) + distance * torch.randn(n, d)
 
 
+def units(n: int, d: int) -> Tensor:
+    """Scores differ in their last bits, of products by what rounding has left of the norms."""
+    return torch.nn.functional.normalize(near(3e-4)(n, d))
+
+
+def halfway(n: int, d: int) -> Tensor:
+    """Products with each other lie on the middle of two float32 or beside it."""
+    x = torch.zeros(n, d)
+    x[:, 0] = 1 + torch.randint(4, (n,)) * 2.0**-23
+    x[:, -1] += torch.randint(-8, 9, (n,)) * 2.0**-25
+    x[:, d // 2] += torch.randint(2, (n,)) * 3 * 2.0**-14
+    return x
+
+
 def scaled(n: int, d: int) -> Tensor:
     return torch.randn(n, d) * 10.0 ** torch.randint(-44, 37, (n, 1))
 
@@ -62,7 +76,10 @@ KINDS: dict[str, Callable[[int, int], Tensor]] = {
     "clusters": clusters,
     "duplicates": lambda n, d: torch.randn(4, d)[torch.randint(4, (n,))],
     "near": near(1e-2),  # closer than the codes resolve without their center
+    "close": near(2e-4),  # cosines of a few neighbouring float32
     "nearer": near(1e-6),  # closer than float32 resolves: most scores are equal
+    "units": units,
+    "halfway": halfway,
     "scaled": scaled,
     "zeros": with_zeros,
     "odd": with_odd_rows,
@@ -111,7 +128,7 @@ def assert_scores(got: Tensor, want: Tensor, what: str) -> None:
 
 
 def packs(corpus: Tensor) -> tuple[search.Packed | None, ...]:
-    return None, search.pack(corpus)
+    return None, search.pack(corpus), search.pack(corpus, "bf16")
 
 
 # ---- values ----
@@ -123,8 +140,10 @@ def test_topk(backend: Backend, metric: str) -> None:
     for rows, dim, count in SMALL_SHAPES if backend.interpreted else SHAPES:
         for name, queries, corpus in draws(count, rows, dim):
             scores = true_scores(queries, corpus, metric)
-            for packed, k in itertools.product(packs(corpus), {1, min(5, rows), rows}):
-                what = f"{name} {rows} x {dim}, {count} queries, k = {k}, {'codes' if packed else 'rows'}"
+            # The reference reads no packed rows.
+            forms = packs(corpus)[: 2 if backend.name == "reference" else 3]
+            for packed, k in itertools.product(forms, {1, min(5, rows), rows}):
+                what = f"{name} {rows} x {dim}, {count} queries, k = {k}, {packed and packed.codes.dtype}"
                 with backend.forced("search_topk"):
                     found = search.topk(queries, corpus, packed, k=k, metric=metric)
                 want, ids = true_topk(scores, k, torch.ones_like(scores, dtype=torch.bool))
@@ -282,7 +301,7 @@ def test_bounds_of_blocks_hold(backend: Backend, metric: str, monkeypatch: pytes
         exact = true_scores(queries, corpus, metric).nan_to_num(-INF, INF, -INF)
         for packed in packs(corpus):
             shared = tiles.prepare(corpus, *(packed or (None, None, None)), number, 1)
-            if packed is None:
+            if shared.codes is None:
                 factors = tiles._query_factors(queries, shared)[1]
                 given = cut(queries), factors
                 monkeypatch.setattr(tiles, "_query_factors", lambda *_, given=given: given)
@@ -323,16 +342,18 @@ def test_join_in_small_steps(backend: Backend, monkeypatch: pytest.MonkeyPatch) 
         assert found.statistics.pairs == 170 * 169 // 2
 
 
+@pytest.mark.parametrize("precision", search.BITS)
 @every_backend
-def test_packed_rows_are_as_near_as_they_say(backend: Backend) -> None:
+def test_packed_rows_are_as_near_as_they_say(backend: Backend, precision: str) -> None:
     for rows, dim in ((1, 1), (130, 33), (65, 384)):
         for name, make in KINDS.items():
             corpus = make(rows, dim)
             with backend.forced("search_pack"):
-                codes, factors, center = search.pack(corpus)  # type: ignore[misc]
-            assert (center.isfinite().all(), codes.dtype, factors.shape[1]) == (True, torch.uint8, 5)
-            signed = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:, :dim].double() - 128
-            scale, residual, height, norm, tilt = factors.transpose(0, 1).flatten(1).double()
+                codes, factors, center = search.pack(corpus, precision)  # type: ignore[misc]
+            assert (center.isfinite().all(), center.norm() < 1 + 1e-6, factors.shape[1]) == (True, True, 6)
+            values = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:, :dim].double()
+            signed = values - 128 if precision == "int8" else values
+            scale, residual, height, norm, tilt, rest = factors.transpose(0, 1).flatten(1).double()
             exact = corpus.double().norm(dim=1)
             usable = (exact > 0) & exact.isfinite()
             unit = corpus.double()[usable] / exact[usable].unsqueeze(1)
@@ -340,11 +361,12 @@ def test_packed_rows_are_as_near_as_they_say(backend: Backend) -> None:
             part = (scale.unsqueeze(1) * signed)[keep][usable]
             assert ((unit - center - part).norm(dim=1) <= residual[keep][usable] + 1e-12).all(), name
             assert (part.norm(dim=1) <= height[keep][usable]).all(), name
-            assert (residual[keep][usable] <= scale[keep][usable] * dim**0.5 * 0.51 + 1e-12).all(), name
-            torch.testing.assert_close(
-                tilt[keep][usable], (unit - center.double()) @ center.double(), atol=1e-6, rtol=0
-            )
+            most = scale * dim**0.5 * 0.51 if precision == "int8" else height * 2.0**-8
+            assert (residual[keep][usable] <= most[keep][usable] + 1e-12).all(), name
+            wanted = (unit - center.double()) @ center.double()
+            torch.testing.assert_close(tilt[keep][usable], wanted, atol=1e-14, rtol=1e-6)
             assert torch.equal(norm[keep].float().nan_to_num(-1), exact.float().nan_to_num(-1)), name
+            torch.testing.assert_close((norm + rest)[keep][usable], exact[usable], atol=1e-45, rtol=1e-14)
             assert (signed[rows:] == 0).all(), name
             assert (signed[keep][~usable] == 0).all(), name
 
@@ -365,6 +387,18 @@ def test_bounds_leave_out_most_pairs() -> None:
         near_found = search.topk(close[:40], close[40:], search.pack(close[40:]), k=5).statistics
     assert found.scored < 0.05 * found.pairs
     assert near_found.scored < 0.2 * near_found.pairs
+
+
+@pytest.mark.parametrize("precision", search.BITS)
+@every_metric
+def test_nearly_equal_scores_are_decided_by_codes(metric: str, precision: str) -> None:
+    """What all rows share is not in the bounds, nor is what float32 does not tell apart."""
+    rows = torch.nn.functional.normalize(near(1e-4)(4040, 128))
+    with need_cpu().forced("search_topk"):
+        found = search.topk(rows[:20], rows, search.pack(rows, precision), k=5, metric=metric)
+    scores = true_scores(rows[:20], rows, metric)
+    assert torch.equal(found.ids, true_topk(scores, 5, torch.ones_like(scores, dtype=torch.bool))[1])
+    assert found.statistics.scored < 0.3 * found.statistics.pairs
 
 
 def test_too_wide_bounds_fall_back() -> None:
@@ -432,7 +466,7 @@ def test_operators_are_registered_well() -> None:
         )
         torch.library.opcheck(torch.ops.sentfast.search_count.default, (queries, corpus, *arguments, lowest, 1))
         torch.library.opcheck(torch.ops.sentfast.search_pairs.default, (queries, corpus, *arguments, lowest, 0, -1))
-    torch.library.opcheck(torch.ops.sentfast.search_pack.default, (corpus,))
+    torch.library.opcheck(torch.ops.sentfast.search_pack.default, (corpus, 8))
 
 
 ROWS = torch.randn(10, 4)
@@ -474,7 +508,7 @@ def test_bad_arguments(name: str) -> None:
 
 
 def test_bad_packing() -> None:
-    with pytest.raises(ValueError, match=r"precision: expected one of \('int8', 'fp32'\), got 'int4'"):
+    with pytest.raises(ValueError, match=r"precision: expected one of \('int8', 'bf16', 'fp32'\), got 'int4'"):
         search.pack(ROWS, "int4")
     with pytest.raises(ValueError, match="rows: expected at most 32768 dimensions for int8, got 32769"):
         search.pack(torch.zeros(1, 32769))

@@ -86,7 +86,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
 def search_calls() -> Iterator[tuple[str, str, tuple]]:
     """Of rows and of codes, for few queries and for many; rows are float32 whatever the dtype of the others."""
     corpus = torch.randn(4096, COLUMNS)
-    packed = search.search_pack(corpus)
+    packed = search.search_pack(corpus, 8)
     for metric, name in enumerate(("cos", "dot", "euclidean")):
         for count in (8, 256) if metric == COSINE else (256,):
             queries, limits = corpus[:count], torch.zeros(count)

@@ -20,9 +20,10 @@ constexpr int64_t kQueriesPerThread = 32;           // from here on a thread is 
 
 void check(const Tensor& x, const char* name, ScalarType dtype, int64_t dims) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype && x.dim() == dims, name, ": expected a CPU tensor of ",
-                  dtype == ScalarType::Float  ? "float32"
-                  : dtype == ScalarType::Long ? "int64"
-                                              : "uint8",
+                  dtype == ScalarType::Float      ? "float32"
+                  : dtype == ScalarType::Long     ? "int64"
+                  : dtype == ScalarType::BFloat16 ? "bfloat16"
+                                                  : "uint8",
                   " with ", dims, " dimensions");
 }
 
@@ -42,16 +43,17 @@ struct Inputs {
     corpus.rows = {static_cast<const float*>(corpus_rows.get().data), corpus_rows.stride, corpus_rows.dim};
     corpus.count = k.size(0);
     corpus.metric = metric;
+    corpus.format = kSearchFp32;
     if (!codes || !factors || !center) return;
-    check(*codes, "codes", ScalarType::Byte, 4);
+    corpus.format = codes->scalar_type() == ScalarType::BFloat16 ? kSearchBf16 : kSearchInt8;
+    check(*codes, "codes", corpus.format == kSearchBf16 ? ScalarType::BFloat16 : ScalarType::Byte, 4);
     check(*factors, "factors", ScalarType::Float, 3);
     check(*center, "center", ScalarType::Float, 1);
     STD_TORCH_CHECK(center->size(0) == queries.dim && center->is_contiguous(), "center: expected ", queries.dim,
                     " contiguous numbers");
-    const int64_t panels = (corpus.count + kSearchPanel - 1) / kSearchPanel;
-    const int64_t words = (queries.dim + kSearchGroup - 1) / kSearchGroup;
-    STD_TORCH_CHECK(codes->size(0) == panels && codes->size(1) == words && codes->size(2) == kSearchPanel &&
-                        codes->size(3) == kSearchGroup && codes->is_contiguous(),
+    const int64_t panels = (corpus.count + kSearchPanel - 1) / kSearchPanel, group = kSearchGroup[corpus.format];
+    STD_TORCH_CHECK(codes->size(0) == panels && codes->size(1) == (queries.dim + group - 1) / group &&
+                        codes->size(2) == kSearchPanel && codes->size(3) == group && codes->is_contiguous(),
                     "codes: expected those of corpus, contiguous");
     STD_TORCH_CHECK(factors->size(0) == panels && factors->size(1) == kSearchFactors &&
                         factors->size(2) == kSearchPanel && factors->is_contiguous(),
@@ -413,31 +415,32 @@ std::tuple<Tensor, Tensor> count(const Tensor& queries, const Tensor& corpus, co
 
 constexpr int64_t kCenterRows = 4096;
 
-bool finite_row(double norm) { return norm > 0 && norm <= std::numeric_limits<double>::max(); }
-
-// The mean of unit rows, of thousands at most: any vector is a correct center, a near one makes the residuals small.
+// The mean of unit rows, of thousands at most: any vector not longer than 1 is a correct center, a near one makes what
+// is left small.
 void find_center(const float* data, int64_t stride, int64_t count, int64_t dim, float* center) {
-  const SearchKernels& kernel = kernels().search;
   std::vector<double> sum(dim, 0.0);
-  std::vector<float> unit(dim);
   int64_t used = 0;
   for (int64_t i = 0; i < count; i += std::max<int64_t>(1, count / kCenterRows)) {
-    const double norm = kernel.norm(data + i * stride, dim);
-    if (!finite_row(norm)) continue;
-    kernel.unit(data + i * stride, dim, norm, unit.data());
-    for (int64_t d = 0; d < dim; ++d) sum[d] += unit[d];
+    const float* row = data + i * stride;
+    const double norm = kernels().search.norm(row, dim);
+    if (!search_unit_exists(norm)) continue;
+    for (int64_t d = 0; d < dim; ++d) sum[d] += row[d] / norm;
     ++used;
   }
   for (int64_t d = 0; d < dim; ++d)
     center[d] = used == 0 ? 0.0f : static_cast<float>(sum[d] / static_cast<double>(used));
 }
 
-std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& rows) {
+std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& rows, int64_t bits) {
   check(rows, "rows", ScalarType::Float, 2);
+  STD_TORCH_CHECK(bits == 8 || bits == 16, "bits: expected 8 or 16, got ", bits);
+  const SearchFormat format = bits == 8 ? kSearchInt8 : kSearchBf16;
+  const int64_t group = kSearchGroup[format];
   const RowView view(rows);
   const int64_t count = rows.size(0), dim = view.dim;
-  const int64_t panels = (count + kSearchPanel - 1) / kSearchPanel, words = (dim + kSearchGroup - 1) / kSearchGroup;
-  Tensor codes = new_tensor({panels, words, kSearchPanel, kSearchGroup}, ScalarType::Byte);
+  const int64_t panels = (count + kSearchPanel - 1) / kSearchPanel, words = (dim + group - 1) / group;
+  Tensor codes =
+      new_tensor({panels, words, kSearchPanel, group}, format == kSearchInt8 ? ScalarType::Byte : ScalarType::BFloat16);
   Tensor factors = new_tensor({panels, kSearchFactors, kSearchPanel}, ScalarType::Float);
   Tensor center = new_tensor({dim}, ScalarType::Float);
   auto* panel = static_cast<uint32_t*>(codes.mutable_data_ptr());
@@ -448,27 +451,16 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& rows) {
   const SearchKernels& kernel = kernels().search;
   const double square = kernel.product(middle, middle, dim);
   torch::stable::parallel_for(0, panels, grain(kSearchPanel * dim), [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> scratch(kSearchPanel * words);
+    std::vector<uint32_t> lines(kSearchPanel * words);
     for (int64_t p = begin; p < end; ++p) {
       float* out = factor + p * kSearchFactors * kSearchPanel;
       std::fill_n(out, kSearchFactors * kSearchPanel, 0.0f);
       const int64_t size = std::min(kSearchPanel, count - p * kSearchPanel);
       for (int64_t j = 0; j < size; ++j) {
         const float* row = data + (p * kSearchPanel + j) * view.stride;
-        const double norm = kernel.norm(row, dim);
-        out[kSearchNorm * kSearchPanel + j] = static_cast<float>(norm);
-        uint32_t* to = &scratch[j * words];
-        if (!finite_row(norm)) {
-          std::fill_n(to, words, 0u);
-          continue;
-        }
-        out[kSearchTilt * kSearchPanel + j] = static_cast<float>(kernel.product(row, middle, dim) / norm - square);
-        const SearchCodes c = kernel.quantize(row, dim, norm, middle, 0, to);
-        out[kSearchScale * kSearchPanel + j] = static_cast<float>(c.scale);
-        out[kSearchResidual * kSearchPanel + j] = static_cast<float>(c.residual);
-        out[kSearchHeight * kSearchPanel + j] = static_cast<float>(c.height);
+        search_pack_row(format, row, dim, middle, square, &lines[j * words], out + j);
       }
-      kernel.panel(scratch.data(), size, words, kSearchZero, panel + p * words * kSearchPanel);
+      kernel.panel(lines.data(), size, words, kSearchFlip[format], panel + p * words * kSearchPanel);
     }
   });
   return {codes, factors, center};

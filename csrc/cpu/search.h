@@ -6,23 +6,26 @@
 
 namespace sentfast::cpu {
 
-constexpr int64_t kSearchPanel = 64;           // rows of the corpus side by side
-constexpr int64_t kSearchGroup = 4;            // codes in a word
-constexpr uint32_t kSearchZero = 0x80808080u;  // four codes of 0: codes of the corpus are stored plus 128
+constexpr int64_t kSearchPanel = 64;  // rows of the corpus side by side
 
-// Rows of the factors of a panel, each kSearchPanel long. A unit row is the center, the same for all rows, plus scale *
-// codes plus a residual. Packed are the scale, the norms of the residual and of scale * codes, the norm of the row, and
-// the product of the center and what the unit row is off it. A pass reads what search_factors makes of them, and a last
-// one for the square of the norm.
+// What rows are written as for a pass: a unit row is the center, the same for all rows, plus scale * codes plus a
+// residual. The codes are whole numbers to 127 with a scale of their own for each row, or bf16 or fp32 and the scale 1.
+enum SearchFormat : int { kSearchInt8, kSearchBf16, kSearchFp32, kSearchFormats };
+constexpr int64_t kSearchGroup[kSearchFormats] = {4, 2, 1};              // codes in a word
+constexpr uint32_t kSearchFlip[kSearchFormats] = {0x80808080u, 0u, 0u};  // int8 codes of a corpus are stored plus 128
+
+// Rows of the factors of a panel, each kSearchPanel long. Packed are the scale, the norms of the residual and of scale
+// * codes, the norm of the row, the product of the center and what the unit row is off it, and what the norm is off its
+// float32. A pass reads what search_factors makes of them, the last one being for the square of the norm.
 enum SearchFactor : int {
   kSearchScale,
   kSearchResidual,
   kSearchHeight,
   kSearchNorm,
   kSearchTilt,
+  kSearchNormRest,
   kSearchFactors,
-  kSearchSquare = kSearchFactors,
-  kSearchPassFactors
+  kSearchSquare = kSearchNormRest
 };
 
 // Floats of a matrix, `stride` apart.
@@ -31,7 +34,7 @@ struct SearchRows {
   int64_t stride, dim;
 };
 
-// The norms of scale * codes and of what it is off by, and the sum of the codes.
+// The norms of what scale * codes is off by and of itself, both rounded up, and the sum of int8 codes.
 struct SearchCodes {
   double scale, residual, height;
   int32_t sum;
@@ -48,7 +51,7 @@ struct SearchScan {
   const float* limit;                         // [count] bounds above it are hits
   const uint32_t* number;                     // [count] what hits call the queries
   const uint32_t* panel;                      // [words, kSearchPanel]
-  const float* factors;                       // [kSearchPassFactors, kSearchPanel]
+  const float* factors;                       // [kSearchFactors, kSearchPanel]
   int64_t row;                                // the panel's first row
 };
 
@@ -68,17 +71,14 @@ struct SearchKernels {
   // The norm of a row, in double.
   double (*norm)(const float* row, int64_t dim);
   double (*product)(const float* a, const float* b, int64_t dim);
-  // row / divisor - center as codes of -127 to 127, filled up to whole words with 0; nullptr: no center. The scale is
-  // at least `least`.
-  SearchCodes (*quantize)(const float* row, int64_t dim, double divisor, const float* center, double least,
-                          uint32_t* codes);
-  // A row divided by a number.
-  void (*unit)(const float* row, int64_t dim, double divisor, float* out);
+  // row / divisor - center as codes of a format, filled up to whole words with 0; nullptr: no center. The scale of int8
+  // is at least `least`.
+  SearchCodes (*quantize[kSearchFormats])(const float* row, int64_t dim, double divisor, const float* center,
+                                          double least, uint32_t* codes);
   // `rows` rows of words, `words` apart, become a panel; every word is changed by exclusive or with `flip`.
   void (*panel)(const uint32_t* from, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel);
   // Writes pairs whose bound is above their query's limit, or NaN: at most count * kSearchPanel; returns how many.
-  int64_t (*scan_codes)(const SearchScan&, SearchHit* hits);
-  int64_t (*scan_floats)(const SearchScan&, SearchHit* hits);
+  int64_t (*scan[kSearchFormats])(const SearchScan&, SearchHit* hits);
   // Exact scores of pairs.
   void (*pairs)(const SearchExact&, const SearchHit* hits, int64_t count, float* scores);
   // Exact scores of `count` queries with `rows` rows from `row` on: [count, kSearchPanel].

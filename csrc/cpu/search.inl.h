@@ -173,23 +173,58 @@ inline void all(const SearchExact& p, const uint32_t* queries, int64_t count, in
 
 // ---- low precision ----
 
-inline void unit(const float* row, int64_t dim, double divisor, float* out) {
-  const double factor = 1 / divisor;
-  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(row[d] * factor);
-}
-
 // The nearest whole numbers of what is below 2^51.
 SENTFAST_INLINE inline Wide nearest(Wide x) {
   constexpr double whole = 0x1.8p52;
   return (x + whole) - whole;
 }
 
+// Each writes up to eight codes of numbers to place d, and returns their values.
+struct Int8Codes {
+  int8_t* out;
+  double inverse;
+  SENTFAST_INLINE Wide put(Wide x, int64_t d, int64_t count) const {
+    typedef int32_t Whole __attribute__((vector_size(32)));
+    typedef int8_t Codes __attribute__((vector_size(8)));
+    Wide code = nearest(x * inverse);
+    code = code > 127 ? Wide{} + 127 : code;
+    code = code < -127 ? Wide{} - 127 : code;
+    const Codes bytes = __builtin_convertvector(__builtin_convertvector(code, Whole), Codes);
+    __builtin_memcpy(out + d, &bytes, static_cast<size_t>(count));
+    return code;
+  }
+};
+struct Bf16Codes {
+  uint16_t* out;
+  SENTFAST_INLINE Wide put(Wide x, int64_t d, int64_t count) const {
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    typedef uint16_t Halves __attribute__((vector_size(16)));
+    const Narrow near = __builtin_convertvector(x, Narrow);
+    Bits bits;
+    __builtin_memcpy(&bits, &near, sizeof bits);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(bits, Halves);
+    __builtin_memcpy(out + d, &halves, static_cast<size_t>(2 * count));
+    bits <<= 16;
+    Narrow value;
+    __builtin_memcpy(&value, &bits, sizeof bits);
+    return __builtin_convertvector(value, Wide);
+  }
+};
+struct Fp32Codes {
+  float* out;
+  SENTFAST_INLINE Wide put(Wide x, int64_t d, int64_t count) const {
+    const Narrow near = __builtin_convertvector(x, Narrow);
+    __builtin_memcpy(out + d, &near, static_cast<size_t>(4 * count));
+    return __builtin_convertvector(near, Wide);
+  }
+};
+
+template <SearchFormat Format>
 inline SearchCodes quantize(const float* row, int64_t dim, double divisor, const float* center, double least,
                             uint32_t* codes) {
-  typedef int32_t Whole __attribute__((vector_size(32)));
-  typedef int8_t Codes __attribute__((vector_size(8)));
-  auto* out = reinterpret_cast<int8_t*>(codes);
-  const int64_t places = (dim + kSearchGroup - 1) / kSearchGroup * kSearchGroup;
+  constexpr int64_t group = kSearchGroup[Format];
+  const int64_t places = (dim + group - 1) / group * group;
   const double unit = 1 / divisor;
   const auto each = [&](auto f) SENTFAST_INLINE {
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -199,33 +234,38 @@ inline SearchCodes quantize(const float* row, int64_t dim, double divisor, const
       f(d, x);
     }
   };
-  Wide largest = {};
-  each([&](int64_t, Wide x) SENTFAST_INLINE {
-    const Wide size = x < 0 ? -x : x;
-    largest = size > largest ? size : largest;
-  });
-  double most = 0;
-  for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
-  // The scale is kept as a float, so the codes are those of the float.
-  float scale = static_cast<float>(most / 127);
-  if (scale < least) scale = static_cast<float>(least);
-  const double inverse = scale > 0 ? 1 / static_cast<double>(scale) : 0;
+  double scale = 1;
   Wide residual = {}, square = {}, sum = {};
-  each([&](int64_t d, Wide x) SENTFAST_INLINE {
-    Wide code = nearest(x * inverse);
-    code = code > 127 ? Wide{} + 127 : code;
-    code = code < -127 ? Wide{} - 127 : code;
-    const Wide off = x - code * scale;
-    residual += off * off;
-    square += code * code;
-    sum += code;
-    const Codes bytes = __builtin_convertvector(__builtin_convertvector(code, Whole), Codes);
-    __builtin_memcpy(out + d, &bytes, static_cast<size_t>(places - d < kLanes ? places - d : kLanes));
-  });
+  const auto write = [&](auto format) SENTFAST_INLINE {
+    each([&](int64_t d, Wide x) SENTFAST_INLINE {
+      const Wide code = format.put(x, d, places - d < kLanes ? places - d : kLanes);
+      const Wide off = x - code * scale;
+      residual += off * off;
+      square += code * code;
+      sum += code;
+    });
+  };
+  if constexpr (Format == kSearchInt8) {
+    Wide largest = {};
+    each([&](int64_t, Wide x) SENTFAST_INLINE {
+      const Wide size = x < 0 ? -x : x;
+      largest = size > largest ? size : largest;
+    });
+    double most = 0;
+    for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
+    // The scale is kept as a float, so the codes are those of the float.
+    scale = static_cast<float>(most / 127);
+    if (scale < least) scale = static_cast<float>(least);
+    write(Int8Codes{reinterpret_cast<int8_t*>(codes), scale > 0 ? 1 / scale : 0});
+  } else if constexpr (Format == kSearchBf16) {
+    write(Bf16Codes{reinterpret_cast<uint16_t*>(codes)});
+  } else {
+    write(Fp32Codes{reinterpret_cast<float*>(codes)});
+  }
   // Rounded up, so that what is computed with them stays a bound.
   constexpr double up = 1 + 0x1p-20;
   return {scale, up * __builtin_sqrt(total(residual)), up * scale * __builtin_sqrt(total(square)),
-          static_cast<int32_t>(total(sum))};
+          Format == kSearchInt8 ? static_cast<int32_t>(total(sum)) : 0};
 }
 
 inline void panel(const uint32_t* from, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel) {
@@ -235,7 +275,7 @@ inline void panel(const uint32_t* from, int64_t rows, int64_t words, uint32_t fl
 }
 
 // Four products of a query's signed codes and a row's codes plus 128, added to an int32.
-struct CodeStep {
+struct Int8Step {
 #if defined(__AVX512F__)
   using Words = __m512i;
   static SENTFAST_INLINE Words load(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -305,7 +345,7 @@ struct CodeStep {
   }
 };
 
-struct FloatStep {
+struct Fp32Step {
   using Words = Vec;
   static SENTFAST_INLINE Vec load(const uint32_t* p) { return Vec::load(reinterpret_cast<const AliasedFloat*>(p)); }
   static SENTFAST_INLINE Vec fill(uint32_t x) {
@@ -316,6 +356,17 @@ struct FloatStep {
   static SENTFAST_INLINE Vec multiply_add(Vec query, Vec row, Vec sum) { return Vec::fma(query, row, sum); }
   static SENTFAST_INLINE Vec value(Vec sum) { return sum; }
   static SENTFAST_INLINE Vec start(const SearchScan&, int64_t) { return Vec::zero(); }
+};
+
+// Two products of bf16, added to a float32.
+struct Bf16Step : Fp32Step {
+  static SENTFAST_INLINE Vec multiply_add(Vec query, Vec row, Vec sum) {
+#if defined(__AVX512BF16__)
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(query.v), reinterpret_cast<__m512bh>(row.v))};
+#else
+    return gemm::WideBFloat16Step::multiply_add(query, row, sum);
+#endif
+  }
 };
 
 // The pairs of query q whose bounds exceed its limit, from their sums with the columns of a tile.
@@ -390,7 +441,13 @@ inline int64_t scan(const SearchScan& p, SearchHit* hits) {
 }
 
 inline SearchKernels kernels() {
-  return {norm, product, quantize, unit, panel, scan<CodeStep>, scan<FloatStep>, pairs, all};
+  return {norm,
+          product,
+          {quantize<kSearchInt8>, quantize<kSearchBf16>, quantize<kSearchFp32>},
+          panel,
+          {scan<Int8Step>, scan<Bf16Step>, scan<Fp32Step>},
+          pairs,
+          all};
 }
 
 }  // namespace search

@@ -1,25 +1,24 @@
 // The scan of exact search, without tensors: a block of queries against a range of the corpus.
 //
-// Rows are visited in the order of their indices, in steps. A query reads a step at one of three levels: int8 codes,
+// Rows are visited in the order of their indices, in steps. A query reads a step at one of three levels: packed codes,
 // floats, or exact scores of every pair. It climbs where bounds decide too little, and comes back later. What a level
 // lets through is scored exactly and offered to the reducer, which keeps what belongs to the result.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <vector>
 
-#include "isa.h"
+#include "search_bounds.h"
 
 namespace sentfast::cpu {
 
 struct SearchCorpus {
   SearchRows rows;
   int64_t count, metric;
-  const uint32_t* codes;  // packed, or nullptr
+  SearchFormat format;    // of the codes; fp32: the rows themselves are scanned, and the others are nullptr
+  const uint32_t* codes;  // packed
   const float *factors, *center;
 };
 
@@ -33,67 +32,6 @@ struct SearchStatistics {
   }
 };
 
-// What rows of a panel weigh in a pass, from what was packed (or, for floats, from the rows' norms alone).
-inline void search_factors(int64_t metric, const float* packed, float slack, float* out) {
-  const auto row = [](auto* factors, int n) { return factors + n * kSearchPanel; };
-  const float *residual = row(packed, kSearchResidual), *height = row(packed, kSearchHeight);
-  const float* norm = row(packed, kSearchNorm);
-  // Norms whose squares or products leave float32 get no bound: NaN lets every pair through.
-  const float largest = metric == kCosine ? std::numeric_limits<float>::max() : metric == kDot ? 1e30f : 1e10f;
-  const float smallest = metric == kCosine ? 0.0f : metric == kDot ? 1e-30f : 1e-15f;
-  constexpr float up = 1 + 0x1p-20f, eps = static_cast<float>(kSearchEps), nan = __builtin_nanf("");
-  for (int64_t j = 0; j < kSearchPanel; ++j) {
-    const bool bounded = norm[j] == 0 || (norm[j] <= largest && norm[j] >= smallest);
-    const float weight = metric != kCosine ? norm[j] : norm[j] < eps ? norm[j] / eps : 1.0f;
-    // A dozen roundings of sums that are at most this large.
-    const float rounding = 0x1p-20f * (1 + 3 * (height[j] + residual[j]));
-    row(out, kSearchScale)[j] = row(packed, kSearchScale)[j] * weight;
-    row(out, kSearchResidual)[j] = bounded ? weight * residual[j] * up : nan;
-    row(out, kSearchHeight)[j] = weight * height[j] * up;
-    row(out, kSearchNorm)[j] = weight;
-    row(out, kSearchTilt)[j] = weight * (row(packed, kSearchTilt)[j] + rounding + slack);
-    row(out, kSearchSquare)[j] = metric == kEuclidean && bounded ? -0.5f * norm[j] * norm[j] * (1 - 0x1p-20f) : 0.0f;
-  }
-}
-
-// A query as the passes see it: divisor * unit, its scores being `unit_score` times those of the unit.
-struct SearchQuery {
-  double norm, divisor, unit_score, center;
-  float length;  // of the unit, rounded up; NaN: no bounds
-  SearchCodes codes;
-  int level = 0;
-  int64_t climbed_until = 0, patience = 16;  // steps
-  bool fell_back = false;
-
-  SearchQuery(const float* row, int64_t dim, int64_t metric, const SearchKernels& kernel) : center(0), codes() {
-    norm = kernel.norm(row, dim);
-    divisor = unit_score = norm > 0 ? norm : 1;
-    if (metric == kCosine) unit_score = norm > 0 && norm < kSearchEps ? norm / kSearchEps : 1;
-    if (metric == kEuclidean) divisor = unit_score = std::max(norm, 1e-10);
-    const double most = metric == kCosine ? std::numeric_limits<float>::max() : metric == kDot ? 1e30 : 1e15;
-    length = norm <= most ? static_cast<float>(norm / divisor * (1 + 0x1p-20)) : std::nanf("");
-    if (!(norm <= most)) divisor = unit_score = 1;
-  }
-  // What a bound, in units of the query, must exceed for the exact score to exceed `score`.
-  double limit(int64_t metric, float score) const {
-    if (length != length) return -std::numeric_limits<double>::infinity();
-    if (metric != kEuclidean || score == -std::numeric_limits<float>::infinity()) return score / unit_score;
-    const double distance = score < 0 ? -static_cast<double>(score) : 0;
-    const double square = norm * norm, other = distance * distance;
-    if (score > 0) return std::numeric_limits<double>::infinity();
-    return (square - other - 1e-15 * (square + other)) / (2 * unit_score);
-  }
-};
-
-inline float float_below(double x) {
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  if (x == -std::numeric_limits<double>::infinity()) return -infinity;
-  if (x == std::numeric_limits<double>::infinity()) return infinity;
-  const double most = std::numeric_limits<float>::max();
-  const float near = static_cast<float>(std::min(std::max(x, -most), most));
-  return std::max(std::nextafter(std::nextafter(near, -infinity), -infinity), -static_cast<float>(most));
-}
-
 // Reducer: exclusive(q): only scores above it can enter; open(q): everything can; offer(q, row, score).
 template <class Reducer>
 class SearchScanner {
@@ -102,17 +40,17 @@ class SearchScanner {
       : kernel_(kernels().search), corpus_(corpus), rows_(queries), reducer_(reducer), hits_(new SearchHit[kHits]) {
     queries_.reserve(count);
     norms_.reserve(count);
-    words_ = (queries.dim + kSearchGroup - 1) / kSearchGroup;
-    if (corpus.codes != nullptr) codes_.resize(count * words_);
-    base_ = corpus.codes != nullptr ? kCodes : kFloats;
+    base_ = corpus.format == kSearchFp32 ? kFloats : kCodes;
+    words_ = words_of(corpus.format);
+    codes_.resize(count * words_);
+    square_ = corpus.center == nullptr ? 0 : kernel_.product(corpus.center, corpus.center, queries.dim);
     for (int64_t i = 0; i < count; ++i) {
       const float* row = queries.data + i * queries.stride;
-      SearchQuery q(row, queries.dim, corpus.metric, kernel_);
-      if (corpus.codes != nullptr && q.length == q.length) {
-        q.codes = kernel_.quantize(row, queries.dim, q.divisor, q.norm > 0 ? corpus.center : nullptr, 1e-6,
-                                   &codes_[i * words_]);
+      Query q(row, queries.dim, corpus.metric);
+      if (q.bounded && q.norm > 0 && corpus.center != nullptr) {
         q.center = kernel_.product(row, corpus.center, queries.dim) / q.divisor;
       }
+      q.codes = quantize(corpus.format, i, q, &codes_[i * words_]);
       q.level = base_;
       queries_.push_back(q);
       norms_.push_back(q.norm < kSearchEps ? kSearchEps : q.norm);  // NaN stays
@@ -134,7 +72,7 @@ class SearchScanner {
   }
   SearchStatistics statistics() const {
     SearchStatistics s = statistics_;
-    for (const SearchQuery& q : queries_) s.fallbacks += q.fell_back;
+    for (const Query& q : queries_) s.fallbacks += q.fell_back;
     return s;
   }
 
@@ -143,6 +81,25 @@ class SearchScanner {
   static constexpr int64_t kLongestStep = 1024;
   static constexpr int64_t kHits = 1 << 16;
   static constexpr int64_t kFewQueries = 12;  // below, a panel of floats is not worth making
+
+  struct Query : SearchQuery {
+    using SearchQuery::SearchQuery;
+    int level = 0;
+    int64_t climbed_until = 0, patience = 16;  // steps
+    bool fell_back = false;
+  };
+
+  int64_t words_of(SearchFormat format) const { return (rows_.dim + kSearchGroup[format] - 1) / kSearchGroup[format]; }
+  SearchFormat format_of(Level level) const { return level == kCodes ? corpus_.format : kSearchFp32; }
+
+  SearchCodes quantize(SearchFormat format, int64_t query, const SearchQuery& q, uint32_t* to) const {
+    if (!q.bounded) {
+      std::fill_n(to, words_of(format), 0u);
+      return {};
+    }
+    const float* center = q.norm > 0 ? corpus_.center : nullptr;
+    return kernel_.quantize[format](rows_.data + query * rows_.stride, rows_.dim, q.divisor, center, 1e-6, to);
+  }
 
   void visit(int64_t begin, int64_t end) {
     std::vector<uint32_t>* const lists[] = {&coded_, &floated_, &scored_};
@@ -162,56 +119,49 @@ class SearchScanner {
     if (!scored_.empty()) score_all(begin, end);
   }
 
-  // Queries of a pass side by side, in the pass's own units.
   void gather(Level level, const std::vector<uint32_t>& list) {
     const auto count = static_cast<int64_t>(list.size());
-    const int64_t words = level == kCodes ? words_ : rows_.dim;
-    packed_.resize(count * words);
-    start_.resize(count);
-    for (auto* values : {&length_, &error_, &center_, &tilt_, &square_, &limit_}) values->resize(count);
+    const int64_t words = words_of(format_of(level));
+    pass_.resize(count, words);
     for (int64_t n = 0; n < count; ++n) {
-      const SearchQuery& q = queries_[list[n]];
-      uint32_t* to = &packed_[n * words];
-      double scale = 1, length = q.length;
-      if (level == kCodes) {
+      const Query& q = queries_[list[n]];
+      uint32_t* to = &pass_.codes[n * words];
+      SearchCodes codes = q.codes;
+      if (level == base_) {
         std::copy_n(&codes_[list[n] * words_], words_, to);
-        scale = q.codes.scale > 0 ? q.codes.scale : 1;
-        if (length == length) length = (q.codes.height + q.codes.residual) * (1 + 0x1p-20);
-        error_[n] = static_cast<float>(q.codes.residual / scale * (1 + 0x1p-20));
-        center_[n] = static_cast<float>(q.center / scale);
-        start_[n] = -128 * q.codes.sum;
       } else {
-        kernel_.unit(rows_.data + list[n] * rows_.stride, rows_.dim, q.divisor, reinterpret_cast<float*>(to));
-        error_[n] = 0;
-        center_[n] = 0;
+        codes = quantize(format_of(level), list[n], q, to);
       }
-      length_[n] = static_cast<float>(length / scale);
-      tilt_[n] = q.norm > 0 ? static_cast<float>(1 / scale) : 0.0f;
-      square_[n] = static_cast<float>(1 / (q.unit_score * scale));
+      pass_.set(n, q, codes);
     }
-    renew_limits(level, list);
+    renew_limits(list);
   }
 
-  void renew_limits(Level level, const std::vector<uint32_t>& list) {
+  void renew_limits(const std::vector<uint32_t>& list) {
     for (size_t n = 0; n < list.size(); ++n) {
-      const SearchQuery& q = queries_[list[n]];
-      const double scale = level == kCodes && q.codes.scale > 0 ? q.codes.scale : 1;
-      limit_[n] = float_below(q.limit(corpus_.metric, reducer_.exclusive(list[n])) / scale);
+      const auto at = static_cast<int64_t>(n);
+      pass_.set_aim(at, queries_[list[n]], corpus_.metric, reducer_.exclusive(list[n]));
     }
   }
 
   void pass(Level level, const std::vector<uint32_t>& list, int64_t begin, int64_t end) {
     gather(level, list);
     const auto count = static_cast<int64_t>(list.size());
-    float factors[kSearchPassFactors * kSearchPanel];
+    const SearchFormat format = format_of(level);
+    float factors[kSearchFactors * kSearchPanel];
     SearchScan p = {};
-    p.words = level == kCodes ? words_ : rows_.dim;
+    p.words = words_of(format);
     p.factors = factors;
+    // Each step of a sum of floats is rounded once or twice.
+    const double sums = format == kSearchInt8 ? 0 : static_cast<double>(rows_.dim + 16) * 0x1p-23;
     int64_t found = 0;
     for (int64_t row = begin; row < end; row += kSearchPanel) {
+      const int64_t rows = std::min(kSearchPanel, end - row);
+      const int64_t panel = row / kSearchPanel;
       p.row = row;
-      p.panel =
-          level == kCodes ? coded_panel(row, factors) : float_panel(row, std::min(end, row + kSearchPanel), factors);
+      p.panel = level == kCodes ? corpus_.codes + panel * words_ * kSearchPanel : float_panel(row, rows);
+      const float* packed = level == kCodes ? corpus_.factors + panel * kSearchFactors * kSearchPanel : float_factors_;
+      const double base = search_factors(corpus_.metric, packed, rows, rows_.dim, sums, factors);
       // As many queries at a time as the space for hits allows.
       for (int64_t first = 0; first < count;) {
         int64_t room = (kHits - found) / kSearchPanel;
@@ -219,46 +169,37 @@ class SearchScanner {
           flush(found, end);
           found = 0;
           room = kHits / kSearchPanel;
-          renew_limits(level, list);
+          renew_limits(list);
         }
+        pass_.set_base(base, corpus_.metric, search_error(rows_.dim));
         p.count = std::min(room, count - first);
-        p.queries = packed_.data() + first * p.words;
-        p.start = start_.data() + first;
-        p.norm = length_.data() + first;
-        p.error = error_.data() + first;
-        p.center = center_.data() + first;
-        p.tilt = tilt_.data() + first;
-        p.square = corpus_.metric == kEuclidean ? square_.data() + first : nullptr;
-        p.limit = limit_.data() + first;
+        p.queries = pass_.codes.data() + first * p.words;
+        p.start = pass_.start.data() + first;
+        p.norm = pass_.length.data() + first;
+        p.error = pass_.error.data() + first;
+        p.center = pass_.center.data() + first;
+        p.tilt = pass_.tilt.data() + first;
+        p.square = corpus_.metric == kEuclidean ? pass_.square.data() + first : nullptr;
+        p.limit = pass_.limit.data() + first;
         p.number = list.data() + first;
-        found += (level == kCodes ? kernel_.scan_codes : kernel_.scan_floats)(p, hits_.get() + found);
+        found += kernel_.scan[format](p, hits_.get() + found);
         first += p.count;
       }
     }
     flush(found, end);
   }
 
-  const uint32_t* coded_panel(int64_t row, float* factors) const {
-    const int64_t panel = row / kSearchPanel;
-    search_factors(corpus_.metric, corpus_.factors + panel * kSearchFactors * kSearchPanel, 0.0f, factors);
-    return corpus_.codes + panel * words_ * kSearchPanel;
-  }
-
-  const uint32_t* float_panel(int64_t row, int64_t end, float* factors) {
+  // Rows become floats relative to the center, and their factors those of such codes.
+  const uint32_t* float_panel(int64_t row, int64_t rows) {
     const int64_t dim = rows_.dim;
-    units_.resize(kSearchPanel * dim);
+    lines_.resize(kSearchPanel * dim);
     panel_.resize(kSearchPanel * dim);
-    float plain[kSearchFactors * kSearchPanel] = {};
-    for (int64_t j = 0; j < end - row; ++j) {
-      const float* x = corpus_.rows.data + (row + j) * corpus_.rows.stride;
-      const double norm = kernel_.norm(x, dim);
-      plain[j] = 1;
-      plain[kSearchNorm * kSearchPanel + j] = static_cast<float>(norm);
-      kernel_.unit(x, dim, norm > 0 && norm <= std::numeric_limits<double>::max() ? norm : 1, &units_[j * dim]);
+    std::fill_n(float_factors_, kSearchFactors * kSearchPanel, 0.0f);
+    for (int64_t j = 0; j < rows; ++j) {
+      search_pack_row(kSearchFp32, corpus_.rows.data + (row + j) * corpus_.rows.stride, dim, corpus_.center, square_,
+                      &lines_[j * dim], float_factors_ + j);
     }
-    kernel_.panel(reinterpret_cast<const uint32_t*>(units_.data()), end - row, dim, 0, panel_.data());
-    // Roundings of both units and of dim sums of products.
-    search_factors(corpus_.metric, plain, static_cast<float>(dim + 16) * 0x1.1p-24f, factors);
+    kernel_.panel(lines_.data(), rows, dim, 0, panel_.data());
     return panel_.data();
   }
 
@@ -312,7 +253,7 @@ class SearchScanner {
   void judge(int64_t rows) {
     for (const auto* list : {&coded_, &floated_}) {
       for (const uint32_t number : *list) {
-        SearchQuery& q = queries_[number];
+        Query& q = queries_[number];
         if (survivors_[number] * (list == &coded_ ? 16 : 8) <= rows) continue;
         q.level = list == &coded_ ? kFloats : kExact;
         q.fell_back = true;
@@ -320,7 +261,7 @@ class SearchScanner {
         q.patience *= 2;
       }
     }
-    for (SearchQuery& q : queries_) {
+    for (Query& q : queries_) {
       if (q.level > base_ && steps_ >= q.climbed_until) q.level = base_;
     }
   }
@@ -332,15 +273,15 @@ class SearchScanner {
   const std::unique_ptr<SearchHit[]> hits_;
   SearchExact exact_ = {};
   int64_t words_ = 0, steps_ = 0;
-  int base_ = kCodes;
-  std::vector<SearchQuery> queries_;
+  Level base_ = kCodes;
+  double square_ = 0;  // of the center
+  std::vector<Query> queries_;
   std::vector<double> norms_;
   std::vector<uint32_t> codes_, survivors_;
   std::vector<uint32_t> coded_, floated_, scored_;
-  std::vector<uint32_t> packed_, panel_;
-  std::vector<float> units_;
-  std::vector<int32_t> start_;
-  std::vector<float> length_, error_, center_, tilt_, square_, limit_;
+  SearchPass pass_;
+  std::vector<uint32_t> lines_, panel_;
+  float float_factors_[kSearchFactors * kSearchPanel];
   SearchStatistics statistics_;
 };
 

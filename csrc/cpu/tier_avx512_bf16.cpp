@@ -20,6 +20,7 @@ namespace {
 #include "dropout.inl.h"
 #include "attention.inl.h"
 #include "layers.inl.h"
+#include "search.inl.h"
 // clang-format on
 
 struct BFloat16Step {
@@ -41,6 +42,7 @@ const Kernels& table() {
     t.linear_float32[compute] = linear::linear<BFloat16Step, float>;
     t.attention[compute] = attention::attention<BFloat16Step>;
     t.layer_norm = layers::layer_norm;
+    t.search.scan[kSearchBf16] = search::scan<search::Bf16Step>;
     t.peak_bfloat16 = matrix::peak<BFloat16Step>;
     return t;
   }();

@@ -20,7 +20,7 @@ namespace {
 const Kernels& table() {
   static Kernels filled = [] {
     Kernels t = avx512::table();
-    t.search.scan_codes = search::scan<search::CodeStep>;
+    t.search.scan[kSearchInt8] = search::scan<search::Int8Step>;
     return t;
   }();
   return filled;

@@ -20,6 +20,8 @@ from sentfast.report import fallback
 from sentfast.search import segments
 from sentfast.search.corpus import Corpus
 
+_QUERIES_AT_ONCE = 1 << 10  # whose best rows are merged together
+
 # ---- InformationRetrievalEvaluator ---------------------------------------------------------------------------------
 
 
@@ -93,7 +95,7 @@ def _search(
             scores, indices, stats = segments.topk(corpus.segments, wanted, k, metric)
             if stats.nans:
                 return "SF128"
-            hits[name].add(scores.cpu(), ordered[indices.cpu()])
+            hits[name].add(scores.cpu(), ordered.int()[indices.cpu()])
     return ""
 
 
@@ -132,19 +134,25 @@ class _Hits:
     def __init__(self, queries: int, k: int):
         self.k = k
         self._scores = torch.empty(queries, 0, device="cpu")
-        self._places = self._scores.long()
+        self._places = self._scores.to(torch.int32)
 
     def add(self, scores: Tensor, places: Tensor) -> None:
-        scores, places = torch.cat([self._scores, scores], dim=1), torch.cat([self._places, places], dim=1)
-        places, order = places.sort(dim=1)
-        scores, best = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-        self._scores, self._places = scores[:, : self.k], places.gather(1, best)[:, : self.k]
+        width = min(self.k, self._scores.shape[1] + scores.shape[1])
+        best, best_places = scores.new_empty(len(scores), width), self._places.new_empty(len(scores), width)
+        for start in range(0, len(scores), _QUERIES_AT_ONCE):
+            part = slice(start, start + _QUERIES_AT_ONCE)
+            both = torch.cat([self._places[part], places[part].int()], dim=1)
+            both, by_place = both.sort(dim=1)
+            found = torch.cat([self._scores[part], scores[part]], dim=1).gather(1, by_place)
+            found, order = found.sort(dim=1, descending=True, stable=True)
+            best[part], best_places[part] = found[:, :width], both.gather(1, order)[:, :width]
+        self._scores, self._places = best, best_places
 
     def results(self, ids: list[Any]) -> list[list[dict[str, Any]]]:
         """As the original hands them to ``compute_metrics``."""
         return [
-            [{"corpus_id": ids[place], "score": score} for place, score in zip(*row, strict=True)]
-            for row in zip(self._places.tolist(), self._scores.tolist(), strict=True)
+            [{"corpus_id": ids[p], "score": s} for p, s in zip(places.tolist(), scores.tolist(), strict=True)]
+            for places, scores in zip(self._places, self._scores, strict=True)
         ]
 
 

@@ -13,7 +13,8 @@ from sentfast.reference import search as definition
 from sentfast.registry import define
 
 METRICS = {"cos": reference.COSINE, "dot": reference.DOT, "euclidean": reference.EUCLIDEAN}
-PRECISIONS = ("int8", "fp32")
+BITS = {"int8": 8, "bf16": 16}  # of the codes of packed rows
+PRECISIONS = (*BITS, "fp32")
 MOST_ROWS = 2**31 - 1
 MOST_INT8_DIMENSIONS = 32768  # whose sums of products of codes are an int32
 
@@ -21,15 +22,17 @@ _INPUTS = "Tensor queries, Tensor corpus, Tensor? codes, Tensor? factors, Tensor
 
 
 class Packed(NamedTuple):
-    """The rows of a corpus as int8 codes, for the first pass of a search.
+    """The rows of a corpus as codes, for the first pass of a search.
 
     Row j = 64 * p + r is norm * (center + scale * codes + residual); codes are 0 where the norm is 0 or not finite.
 
-    codes: uint8 [P, G, 64, 4], P = ceil(N / 64), G = ceil(D / 4). codes[p, g, r, i] is the code of dimension
-        4 * g + i, plus 128; 128 in places beyond N and D.
-    factors: float32 [P, 5, 64]: per row the scale; the norms, rounded up, of the residual and of scale * codes; the
-        norm of the row itself; the product of center and what the unit row is off center. 0 beyond N.
-    center: float32 [D], near the mean of the rows divided by their norms.
+    codes: for int8 uint8 [P, G, 64, 4], P = ceil(N / 64), G = ceil(D / 4): codes[p, g, r, i] is the code of dimension
+        4 * g + i, plus 128. For bf16 bfloat16 [P, G, 64, 2], G = ceil(D / 2), the scale being 1. Codes of 0 in places
+        beyond N and D.
+    factors: float32 [P, 6, 64]: per row the scale; the norms, rounded up, of the residual and of scale * codes; the
+        norm of the row itself; the product of center and what the unit row is off center; what the norm is off its
+        float32. 0 beyond N.
+    center: float32 [D], near the mean of the rows divided by their norms, and not longer than 1.
     """
 
     codes: Tensor
@@ -64,10 +67,13 @@ class Counts(NamedTuple):
     statistics: Statistics
 
 
-def _pack_fake(rows):
+def pack_fake(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of :class:`Packed`."""
+    group = definition.SEARCH_GROUPS[bits]
     panels = (rows.shape[0] + definition.SEARCH_PANEL - 1) // definition.SEARCH_PANEL
-    groups = (rows.shape[1] + definition.SEARCH_GROUP - 1) // definition.SEARCH_GROUP
-    codes = rows.new_empty((panels, groups, definition.SEARCH_PANEL, definition.SEARCH_GROUP), dtype=torch.uint8)
+    groups = (rows.shape[1] + group - 1) // group
+    dtype = torch.uint8 if bits == 8 else torch.bfloat16
+    codes = rows.new_empty((panels, groups, definition.SEARCH_PANEL, group), dtype=dtype)
     return (
         codes,
         rows.new_empty((panels, definition.SEARCH_FACTORS, definition.SEARCH_PANEL)),
@@ -96,7 +102,7 @@ def _count_fake(queries, corpus, codes, factors, center, lowest, metric):
 
 
 _pack = define(
-    "search_pack(Tensor rows) -> (Tensor, Tensor, Tensor)", reference=definition.search_pack, fake=_pack_fake
+    "search_pack(Tensor rows, int bits) -> (Tensor, Tensor, Tensor)", reference=definition.search_pack, fake=pack_fake
 )
 _topk = define(
     f"search_topk({_INPUTS}, int k, int metric, Tensor? lowest, Tensor? highest,"
@@ -142,7 +148,8 @@ def _check_inputs(queries: Tensor, corpus: Tensor, packed: Packed | None) -> tup
     if corpus.shape[1] != queries.shape[1]:
         raise ValueError(f"corpus: expected the dimension of queries ({queries.shape[1]}), got {corpus.shape[1]}")
     if packed is not None:
-        for name, given, expected in zip(packed._fields, packed, _pack_fake(corpus.to("meta")), strict=True):
+        bits = 16 if packed.codes.dtype == torch.bfloat16 else 8
+        for name, given, expected in zip(packed._fields, packed, pack_fake(corpus.to("meta"), bits), strict=True):
             if given.shape != expected.shape or given.dtype != expected.dtype or not given.is_contiguous():
                 raise ValueError(
                     f"packed.{name}: expected contiguous {expected.dtype} of shape {list(expected.shape)},"
@@ -200,7 +207,7 @@ def _statistics(values: Tensor) -> Statistics:
 
 
 def pack(rows: Tensor, precision: str = "int8") -> Packed | None:
-    """Packs the rows of a corpus for the first pass of a search: per row int8 codes and the bounds of their error.
+    """Packs the rows of a corpus for the first pass of a search: per row codes and the bounds of their error.
 
     The packed rows serve every metric. A corpus grows by further segments, each packed for itself and searched for
     itself: the results of a segment whose first row is `base` are ids + base, and `threshold` takes the k-th score of
@@ -208,7 +215,7 @@ def pack(rows: Tensor, precision: str = "int8") -> Packed | None:
 
     Args:
         rows: float32 [N, D], D at most 32768 for int8; any row stride.
-        precision: "int8", or "fp32" for a search that reads the rows themselves.
+        precision: "int8", "bf16", or "fp32" for a search that reads the rows themselves.
 
     Returns:
         :class:`Packed`, which states the layout; None for "fp32".
@@ -218,9 +225,9 @@ def pack(rows: Tensor, precision: str = "int8") -> Packed | None:
         raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
     if precision == "fp32":
         return None
-    if rows.shape[1] > MOST_INT8_DIMENSIONS:
+    if precision == "int8" and rows.shape[1] > MOST_INT8_DIMENSIONS:
         raise ValueError(f"rows: expected at most {MOST_INT8_DIMENSIONS} dimensions for int8, got {rows.shape[1]}")
-    return Packed(*_pack(rows))
+    return Packed(*_pack(rows, BITS[precision]))
 
 
 def topk(

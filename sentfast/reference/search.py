@@ -10,8 +10,8 @@ from torch import Tensor
 from sentfast.reference.similarity import COSINE, DOT, NORMALIZE_EPS
 
 SEARCH_PANEL = 64  # rows of the corpus that are packed together
-SEARCH_GROUP = 4  # codes of a row that lie together
-SEARCH_FACTORS = 5  # numbers per row
+SEARCH_GROUPS = {8: 4, 16: 2}  # codes of so many bits of a row that lie together
+SEARCH_FACTORS = 6  # numbers per row
 
 _LOWEST = -1e300  # stands for a score of -inf, which is above a missing one
 _BLOCK_SCORES = 1 << 21
@@ -31,50 +31,59 @@ def exact_scores(queries: Tensor, rows: Tensor, metric: int) -> Tensor:
     return -torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").float()
 
 
-def search_pack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [P, G, 64, 4], factors float32 [P, 5, 64], center float32 [D]; see ``ops.search.Packed``."""
+def search_pack(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [P, G, 64, 4] or bfloat16 [P, G, 64, 2], factors float32 [P, 6, 64], center float32 [D]; see
+    ``ops.search.Packed``."""
     count, dim = rows.shape
-    panels, groups = -(-count // SEARCH_PANEL), -(-dim // SEARCH_GROUP)
-    codes = torch.full((panels, groups, SEARCH_PANEL, SEARCH_GROUP), 128, dtype=torch.uint8, device=rows.device)
+    group = SEARCH_GROUPS[bits]
+    panels, groups = -(-count // SEARCH_PANEL), -(-dim // group)
+    dtype, zero = (torch.uint8, 128) if bits == 8 else (torch.bfloat16, 0)
+    codes = torch.full((panels, groups, SEARCH_PANEL, group), zero, dtype=dtype, device=rows.device)
     factors = torch.zeros((panels, SEARCH_FACTORS, SEARCH_PANEL), dtype=torch.float32, device=rows.device)
-    center = _unit(rows[:: max(1, count // _CENTER_ROWS)].double())[0]
+    center = unit(rows[:: max(1, count // _CENTER_ROWS)].double())[0]
     center = center[center.abs().sum(dim=1) > 0]
     center = (center.mean(dim=0) if len(center) else rows.new_zeros(dim, dtype=torch.float64)).float()
-    shift = torch.nn.functional.pad(center.double(), (0, groups * SEARCH_GROUP - dim))
+    shift = torch.nn.functional.pad(center.double(), (0, groups * group - dim))
     step = max(1, _BLOCK_VALUES // max(1, dim * SEARCH_PANEL))
     for first in range(0, panels, step):
         block = slice(first, min(first + step, panels))
         part = rows[first * SEARCH_PANEL : block.stop * SEARCH_PANEL].double()
         number = part.shape[0]
-        padded = part.new_zeros(((block.stop - first) * SEARCH_PANEL, groups * SEARCH_GROUP))
+        padded = part.new_zeros(((block.stop - first) * SEARCH_PANEL, groups * group))
         padded[:number, :dim] = part
-        signed, values = _quantize(padded, shift)
-        shape = (block.stop - first, SEARCH_PANEL, groups, SEARCH_GROUP)
-        codes[block] = (signed + 128).to(torch.uint8).view(shape).transpose(1, 2)
+        signed, values = quantize(padded, shift, bits)
+        shape = (block.stop - first, SEARCH_PANEL, groups, group)
+        codes[block] = (signed + zero).to(dtype).view(shape).transpose(1, 2)
         factors[block] = values.view(SEARCH_FACTORS, block.stop - first, SEARCH_PANEL).transpose(0, 1)
     return codes, factors, center
 
 
-def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+def unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows divided by their norms, 0 where that is 0 or not finite, and the norms."""
     norm = torch.linalg.vector_norm(rows, dim=-1)
     return torch.where(((norm > 0) & norm.isfinite()).unsqueeze(-1), rows / norm.unsqueeze(-1), 0), norm
 
 
-def _quantize(rows: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of the unit rows less the center, and the factors [5, N]."""
-    unit, norm = _unit(rows)
-    unit = torch.where((unit != 0).any(dim=-1, keepdim=True), unit - center, 0)
-    scale = (unit.abs().amax(dim=-1) / 127).float()
-    wide = scale.double().unsqueeze(-1)
-    signed = torch.where(wide > 0, (unit / wide).round(), 0).clamp(-127, 127)
-    quantised = signed * wide
-    residual = torch.linalg.vector_norm(unit - quantised, dim=-1)
-    height = torch.linalg.vector_norm(quantised, dim=-1)
+def quantize(rows: Tensor, center: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of the unit rows less the center, and the factors [6, N]."""
+    units, norm = unit(rows)
+    exists = (units != 0).any(dim=-1, keepdim=True)
+    units = torch.where(exists, units - center, 0)
+    scale = exists.squeeze(-1).float()
+    signed = units.to(torch.bfloat16).double()
+    if bits == 8:
+        scale = (units.abs().amax(dim=-1) / 127).float()
+        wide = scale.double().unsqueeze(-1)
+        signed = torch.where(wide > 0, (units / wide).round(), 0).clamp(-127, 127)
+    near = signed * scale.double().unsqueeze(-1)
+    residual = torch.linalg.vector_norm(units - near, dim=-1)
+    height = torch.linalg.vector_norm(near, dim=-1)
+    tilt = units @ center
+    rest = torch.where(exists.squeeze(-1), norm - norm.float().double(), 0)
     # Rounded up, so that what is computed with them stays a bound.
     up = 1 + 2.0**-20
     return signed, torch.stack(
-        [scale, (residual * up).float(), (height * up).float(), norm.float(), (unit @ center).float()]
+        [scale, (residual * up).float(), (height * up).float(), norm.float(), tilt.float(), rest.float()]
     )
 
 

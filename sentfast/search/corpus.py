@@ -24,7 +24,8 @@ class Corpus:
         embeddings: [N, D] of float32, float16 or bfloat16, as tensor, array or list; N >= 1. float32 rows are kept as
             they are, not copied: do not change them. They may be a memory map larger than the memory. Tensors on a
             GPU are searched there.
-        precision: "int8" for a first pass over a packed copy (D + 16 bytes per row), or "fp32" for none.
+        precision: "int8" for a first pass over a packed copy (D + 24 bytes per row), "bf16" for one that is twice as
+            large and leaves fewer pairs to be scored exactly, or "fp32" for none.
         ids: a name for each row, whole numbers or texts; see :meth:`names`.
         metric: "cos", "dot" or "euclidean" (:math:`-\lVert q - k \rVert`), unless a search says another.
 
@@ -223,7 +224,7 @@ def _segments(file: files.File, precision: str) -> list[Segment]:
         packed = None
         if precision != "fp32":
             packed = ops.Packed(*(file.tensors[f"{name}.{number}"] for name in ops.Packed._fields))
-            expected = ops._pack_fake(rows.to("meta"))
+            expected = ops.pack_fake(rows.to("meta"), ops.BITS[precision])
             if [(x.shape, x.dtype) for x in packed] != [(x.shape, x.dtype) for x in expected]:
                 raise ValueError("packed rows of another shape than the rows")
         found.append(segments.segment(rows, packed, first))

@@ -14,7 +14,7 @@ from sentfast.search.results import Stats, best
 _CALL_PRODUCTS = 1 << 37  # multiply-adds of one operator call: half a second or less, so that a search can be stopped
 _GPU_CALL_PRODUCTS = 1 << 42
 _LEAST_QUERIES = 256
-_WORTH_PACKING = 128  # queries from which on packing rows for one search pays
+_WORTH_PACKING = 64  # queries from which on packing rows for one search pays; with 32 both ways take as long
 _SMALL = 1 << 22  # products of a search too small for that
 
 Excluded = tuple[Tensor, Tensor]

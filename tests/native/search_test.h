@@ -32,38 +32,48 @@ struct Kept {
   }
 };
 
-// A corpus packed as csrc/cpu/search.cpp packs it.
+// A corpus packed as csrc/cpu/search.cpp packs it, around a center that is near the rows or not.
 struct PackedRows {
+  SearchFormat format;
   Buffer<uint32_t> codes;
   Buffer<float> factors, center;
 
-  PackedRows(const Buffer<float>& rows, int64_t count, int64_t dim, int64_t stride)
-      : codes((count + 63) / 64 * kSearchPanel * ((dim + 3) / 4)),
+  PackedRows(SearchFormat f, const Buffer<float>& rows, int64_t count, int64_t dim, int64_t stride)
+      : format(f),
+        codes((count + 63) / 64 * kSearchPanel * words(dim)),
         factors((count + 63) / 64 * kSearchFactors * kSearchPanel),
         center(random<float>(dim)) {
     const SearchKernels& kernel = kernels().search;
-    const int64_t words = (dim + 3) / 4;
-    for (int64_t d = 0; d < dim; ++d) center[d] *= 0.1f / std::sqrt(static_cast<float>(dim));
+    if (integer(0, 1) == 0) std::copy_n(rows.get(), dim, center.get());
+    const double length = kernel.norm(center.get(), dim);
+    for (int64_t d = 0; d < dim; ++d) center[d] = static_cast<float>(center[d] / length * 0.999);
     const double square = kernel.product(center.get(), center.get(), dim);
     for (int64_t first = 0; first < count; first += kSearchPanel) {
       const int64_t size = std::min(kSearchPanel, count - first);
-      const Buffer<uint32_t> lines(size * words);
+      const Buffer<uint32_t> lines(size * words(dim));
       float* out = factors.get() + first * kSearchFactors;
       std::fill_n(out, kSearchFactors * kSearchPanel, 0.0f);
       for (int64_t j = 0; j < size; ++j) {
-        const float* row = rows.get() + (first + j) * stride;
-        const double norm = kernel.norm(row, dim);
-        const SearchCodes c = kernel.quantize(row, dim, norm, center.get(), 0, lines.get() + j * words);
-        const double values[] = {c.scale, c.residual, c.height, norm,
-                                 kernel.product(row, center.get(), dim) / norm - square};
-        for (int n = 0; n < kSearchFactors; ++n) out[n * kSearchPanel + j] = static_cast<float>(values[n]);
-        const auto* code = reinterpret_cast<const int8_t*>(lines.get() + j * words);
+        uint32_t* line = lines.get() + j * words(dim);
+        search_pack_row(format, rows.get() + (first + j) * stride, dim, center.get(), square, line, out + j);
+        const double norm = kernel.norm(rows.get() + (first + j) * stride, dim);
         double off = 0;
-        for (int64_t d = 0; d < dim; ++d) off += std::pow(row[d] / norm - center[d] - c.scale * code[d], 2);
-        close("search, residual", c.residual, std::sqrt(off), 1e-5);
+        for (int64_t d = 0; d < dim; ++d) {
+          const double near = static_cast<double>(out[j]) * code(line, d);
+          off += std::pow(rows[(first + j) * stride + d] / norm - center[d] - near, 2);
+        }
+        close("search, residual", out[kSearchResidual * kSearchPanel + j], std::sqrt(off), 1e-5);
       }
-      kernel.panel(lines.get(), size, words, kSearchZero, codes.get() + first * words);
+      kernel.panel(lines.get(), size, words(dim), kSearchFlip[format], codes.get() + first * words(dim));
     }
+  }
+  int64_t words(int64_t dim) const { return (dim + kSearchGroup[format] - 1) / kSearchGroup[format]; }
+  double code(const uint32_t* line, int64_t d) const {
+    if (format == kSearchInt8) return reinterpret_cast<const int8_t*>(line)[d];
+    const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(line)[d]) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
   }
 };
 
@@ -71,11 +81,11 @@ inline void test_search() {
   const int64_t count = integer(1, 300), dim = integer(1, 90), stride = dim + integer(0, 3), queries = integer(1, 40);
   const Buffer<float> rows = random<float>((count - 1) * stride + dim), some = random<float>(queries * dim);
   const int64_t metric = integer(kCosine, kEuclidean);
-  const bool coded = integer(0, 2) != 0;
-  const PackedRows packed(rows, count, dim, stride);
-  const SearchCorpus corpus = {
-      {rows.get(), stride, dim}, count, metric, coded ? packed.codes.get() : nullptr, packed.factors.get(),
-      packed.center.get()};
+  const auto format = static_cast<SearchFormat>(integer(kSearchInt8, kSearchFp32));
+  const PackedRows packed(format == kSearchFp32 ? kSearchInt8 : format, rows, count, dim, stride);
+  SearchCorpus corpus = {{rows.get(), stride, dim}, count, metric, format, packed.codes.get(), packed.factors.get(),
+                         packed.center.get()};
+  if (format == kSearchFp32) corpus.codes = nullptr, corpus.factors = corpus.center = nullptr;
   Kept kept;
   kept.limit =
       integer(0, 5) == 0
