@@ -134,8 +134,8 @@ def test_linear_activation_of_no_rows_columns_or_features(backend: Backend) -> N
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name == "triton"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_bits_of_linear_activation_depend_on_no_other_row(backend: Backend, dtype: torch.dtype) -> None:
-    if not backend.supports(dtype):
-        pytest.skip(f"{backend} cannot compute {dtype}")
+    if backend.interpreted:
+        pytest.skip("the interpreter multiplies with NumPy, whose order of sums differs within a tile on some CPUs")
     x, weight = torch.randn(300, 130, device=backend.device).to(dtype), torch.randn(70, 130, device=backend.device)
     with backend.forced("linear_activation"):
         together = F.linear_activation(x, weight.to(dtype))
