@@ -37,18 +37,24 @@ def reset_peak() -> bool:
     return True
 
 
+def held() -> int:
+    """Bytes that this process holds now, less what was freed."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status_bytes("VmRSS")
+
+
 def peak_extra(call: Callable[[], Any], device: torch.device) -> int:
     """Bytes by which the process grows at most while `call` runs, what it returns included."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status_bytes("VmRSS")
+    before = held()
     resettable = reset_peak()
     output = call()
     peak = status_bytes("VmHWM") if resettable else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -136,19 +136,18 @@ template <int N, class T>
 void max_rows(float* best, const T* const (&x)[N], int64_t dim) {
   each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
     const Vec old = Vec::load(best + d);
-    Vec top = old;
-    auto nan = Vec::unordered(old, old);
+    Vec value[N], top = old;
     for (int q = 0; q < N; ++q) {
-      const Vec value = load(x[q] + d, k);
-      nan = Vec::either(nan, Vec::unordered(value, value));
-      top = Vec::max(value, top);
+      value[q] = load(x[q] + d, k);
+      top = Vec::max(value[q], top);
     }
-    if (Vec::any(nan)) {  // the maximum instruction does not keep NaN
+    // The maximum instruction gives its second operand where either is NaN: one in `best` stays, one in a row is lost.
+    // A comparison finds it in two rows at once.
+    auto nan = Vec::unordered(value[0], value[N - 1]);
+    for (int q = 1; q + 1 < N; q += 2) nan = Vec::either(nan, Vec::unordered(value[q], value[q + 1]));
+    if (Vec::any(nan)) {
       top = old;
-      for (int q = 0; q < N; ++q) {
-        const Vec value = load(x[q] + d, k);
-        top = Vec::select(Vec::above(value, top), value, top);
-      }
+      for (int q = 0; q < N; ++q) top = Vec::select(Vec::above(value[q], top), value[q], top);
     }
     top.store(best + d);
   });
