@@ -72,7 +72,7 @@ class BestPairs:
         self._scores, self._first, self._second = self._scores[keep], self._first[keep], self._second[keep]
 
     def result(self) -> list[list[float | int]]:
-        """[score, i, j] with i < j, by score descending, then by i and j."""
+        """[score, i, j] with i < j, by score descending, then by i and j (not `once`: in the direction found first)."""
         self._cut()
         low, high = np.minimum(self._first, self._second), np.maximum(self._first, self._second)
         one, two = (low, high) if self.once else (self._first, self._second)
