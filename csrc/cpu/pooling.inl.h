@@ -412,13 +412,11 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
       (Vec::load(row + d) + Vec::load(part + d) / Vec::fill(denominator)).store(row + d);
     });
   };
-  bool single = false;  // `cls` or `lasttoken` add to one row afterwards
   for (int64_t m = 0; m < p.mode_count; ++m) {
     const int64_t mode = p.modes[m];
     const float* part = grad_pooled + m * padded;
-    if (picks(mode)) {
-      single = true;
-    } else if (mode == kMax) {
+    if (picks(mode)) continue;  // adds to one row, afterwards
+    if (mode == kMax) {
       accumulate(&token_gradient.best, best, part, 1.0f);
       token_gradient.argmax = p.argmax + index * dim;
     } else if (mode == kWeightedMean) {
@@ -440,7 +438,7 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
   }
   write_zeros(grad_x + written * dim, (s.length - written) * dim);
 
-  for (int64_t m = 0; single && m < p.mode_count; ++m) {
+  for (int64_t m = 0; m < p.mode_count; ++m) {
     const int64_t token = picks(p.modes[m]) ? picked(s, p.modes[m]) : -1;
     if (token < 0) continue;
     T* row = grad_x + token * dim;
