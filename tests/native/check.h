@@ -96,6 +96,13 @@ constexpr Dtype dtype<Float16>() {
   return Dtype::Float16;
 }
 
+// What a dtype makes of a value beyond its largest number.
+template <class T>
+double within_range(double x) {
+  const bool beyond = dtype<T>() == Dtype::Float16 && std::fabs(x) >= 65520;
+  return beyond ? std::copysign(INFINITY, x) : x;
+}
+
 template <class T>
 double tolerance() {
   return dtype<T>() == Dtype::Float32 ? 2e-5 : dtype<T>() == Dtype::Float16 ? 2e-3 : 1.6e-2;
@@ -105,6 +112,17 @@ template <class T>
 Buffer<T> random(int64_t n) {
   Buffer<T> buffer(n);
   for (int64_t i = 0; i < n; ++i) buffer[i] = narrow<T>(normal());
+  return buffer;
+}
+
+// The same, now and then with a row of zeros, where only eps keeps a norm from dividing by nothing.
+template <class T>
+Buffer<T> random_rows(int64_t rows, int64_t dim, int64_t stride) {
+  Buffer<T> buffer = random<T>((rows - 1) * stride + dim);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (integer(0, 15) > 0) continue;
+    for (int64_t d = 0; d < dim; ++d) buffer[i * stride + d] = narrow<T>(0);
+  }
   return buffer;
 }
 
