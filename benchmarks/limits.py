@@ -56,7 +56,6 @@ def _bandwidths(device: torch.device, clock: Clock, size: int, repeats: int) -> 
         lambda: torch.dot(half[0], half[1]),
         lambda: torch.linalg.vector_norm(source),
     ]
-    # Not torch.zeros: its pages come from the system already zero and nothing is written.
     writers: list[Callable[[], object]] = [
         lambda: torch.full_like(source, 2.0),
         lambda: torch.empty_like(source).zero_(),

@@ -76,7 +76,9 @@ def cut(total: int, batch: int) -> Tensor:
 
 def pool_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
     """Every mode with every kind of mask and prompt; sizes and normalisation take turns."""
-    sizes = [(2, 3, 5), (3, 6, 17)] if small else [(1, 1, 1), (3, 5, 8), (2, 7, 15), (4, 9, 33), (3, 21, 100)]
+    sizes = [(2, 3, 5), (3, 6, 17)]
+    if not small:  # the last: lines of the mask, and more sentences than are looked at ahead
+        sizes = [(1, 1, 1), (3, 5, 8), (2, 7, 15), (4, 9, 33), (3, 21, 100), (25, 140, 7)]
     kinds = ("holes", "packed") if small else (*MASKS, "packed")
     turns = itertools.cycle(itertools.product(sizes, (False, True)))
     next(turns) if torch.rand(()) < 0.5 else None

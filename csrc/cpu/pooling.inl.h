@@ -5,9 +5,20 @@
 
 namespace pooling {
 
+// Whether a line of the mask has a place where (mask[i] != 0) == wanted.
+template <class M>
+bool line_has(const M* mask, bool wanted) {
+  M found = 0;  // as wide as the mask, so that the loop is a few vector instructions
+  for (size_t i = 0; i < 64 / sizeof(M); ++i) found |= static_cast<M>((mask[i] != 0) == wanted);
+  return found != 0;
+}
+
 // First i in [from, length) where (mask[i * stride] != 0) == wanted, else length.
 template <class M>
 int64_t find(const M* mask, int64_t stride, int64_t from, int64_t length, bool wanted) {
+  constexpr int64_t line = 64 / sizeof(M);
+  if (from < length && (mask[from * stride] != 0) == wanted) return from;  // mostly, and then nothing else is read
+  while (stride == 1 && from + line <= length && !line_has(mask + from, wanted)) from += line;
   while (from < length && (mask[from * stride] != 0) != wanted) ++from;
   return from;
 }
@@ -15,6 +26,8 @@ int64_t find(const M* mask, int64_t stride, int64_t from, int64_t length, bool w
 // Last i below length where mask[i * stride] != 0, else -1.
 template <class M>
 int64_t find_last(const M* mask, int64_t stride, int64_t length) {
+  constexpr int64_t line = 64 / sizeof(M);
+  while (stride == 1 && length >= line && !line_has(mask + length - line, true)) length -= line;
   do --length;
   while (length >= 0 && mask[length * stride] == 0);
   return length;
@@ -60,12 +73,15 @@ struct Sequence {
     return with_mask([&](const auto* mask) { return find_last(mask, layout.mask_stride_token, length); });
   }
 
+  // The first token in use at or after `from`; length or more: there is none.
+  int64_t first(int64_t from) const {
+    const int64_t earliest = left_pad + layout.prompt_length;
+    if (from < earliest) from = earliest;
+    return layout.mask != nullptr && from < length ? next(from, true) : from;
+  }
   // The next run of tokens in use at or after `end`; false if there is none. Start with end = 0.
   bool next_span(int64_t& begin, int64_t& end) const {
-    const int64_t earliest = left_pad + layout.prompt_length;
-    const int64_t from = end > earliest ? end : earliest;
-    if (from >= length) return false;
-    begin = layout.mask != nullptr ? next(from, true) : from;
+    begin = first(end);
     if (begin >= length) return false;
     end = layout.mask != nullptr ? next(begin, false) : length;
     return true;
@@ -82,8 +98,8 @@ inline int64_t picked(const Sequence& s, int64_t mode) {
   if (s.length == 0) return -1;
   const bool packed = s.layout.cu_seqlens != nullptr;
   if (mode == kCls) {
-    int64_t begin = 0, end = 0;
-    return s.next_span(begin, end) ? begin : 0;
+    const int64_t first = s.first(0);
+    return first < s.length ? first : 0;
   }
   if (packed) return s.length - 1;  // the last token counts even where it belongs to the prompt
   const int64_t last = s.last();
@@ -250,19 +266,55 @@ struct Part {
   const T* token = nullptr;
   float denominator = 1.0f;
 
-  template <class K>
-  Vec at(int64_t d, K k) const {
-    if (sums != nullptr) return Vec::load(sums + d) / Vec::fill(denominator);
-    return token != nullptr ? load(token + d, k) : Vec::zero();
+  // Calls f(d, k, value) for every vector; the kind of part is asked for once, outside of the loop.
+  template <class F>
+  SENTFAST_INLINE void each(int64_t dim, F f) const {
+    if (token != nullptr) {
+      each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE { f(d, k, load(token + d, k)); });
+    } else if (sums != nullptr) {
+      each_vector(dim,
+                  [&](int64_t d, auto k) SENTFAST_INLINE { f(d, k, Vec::load(sums + d) / Vec::fill(denominator)); });
+    } else {
+      each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE { f(d, k, Vec::zero()); });
+    }
   }
 };
+
+template <class T>
+const T* rows_of(const Pool& p, const Sequence& s) {
+  return static_cast<const T*>(p.x) + s.index * p.stride_batch + s.origin * p.stride_token;
+}
+
+// Normalises and writes the parts of a sentence.
+template <class T>
+void write(const Pool& p, int64_t index, const Part<T>* parts) {
+  const int64_t dim = p.layout.dim;
+  float scale = 1.0f;
+  if (p.normalize) {
+    Vec squares = Vec::zero();
+    for (int64_t m = 0; m < p.mode_count; ++m) {
+      parts[m].each(dim, [&](int64_t, auto k, Vec value) SENTFAST_INLINE {
+        value = only(value, k);
+        squares = Vec::fma(value, value, squares);
+      });
+    }
+    const float norm = __builtin_sqrtf(squares.sum());
+    if (p.norm != nullptr) p.norm[index] = norm;
+    scale = 1.0f / at_least(norm, kNormalizeEps);
+  }
+  T* out = static_cast<T*>(p.out) + index * p.mode_count * dim;
+  for (int64_t m = 0; m < p.mode_count; ++m, out += dim) {
+    parts[m].each(dim, [&, scaled = Vec::fill(scale), normalize = p.normalize](int64_t d, auto k, Vec value)
+                           SENTFAST_INLINE { store(normalize ? value * scaled : value, out + d, k); });
+  }
+}
 
 template <class T>
 void pool_one(const Pool& p, int64_t index, float* scratch) {
   const Sequence s(p.layout, index);
   const Accumulators a(p, index, scratch);
   const int64_t dim = p.layout.dim;
-  const T* x = static_cast<const T*>(p.x) + index * p.stride_batch + s.origin * p.stride_token;
+  const T* x = rows_of<T>(p, s);
   Summary summary;
   for (int64_t begin = 0, end = 0; a.any() && s.next_span(begin, end);) {
     // A sentence of -inf alone has its maximum at its first token.
@@ -282,64 +334,50 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
       if (mode != kMax) parts[m].denominator = summary.denominator(mode);
     }
   }
-
-  float divisor = 1.0f;
-  if (p.normalize) {
-    Vec squares = Vec::zero();
-    for (int64_t m = 0; m < p.mode_count; ++m) {
-      each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-        const Vec value = only(parts[m].at(d, k), k);
-        squares = Vec::fma(value, value, squares);
-      });
-    }
-    const float norm = __builtin_sqrtf(squares.sum());
-    if (p.norm != nullptr) p.norm[index] = norm;
-    divisor = at_least(norm, kNormalizeEps);
-  }
-  T* out = static_cast<T*>(p.out) + index * p.mode_count * dim;
-  for (int64_t m = 0; m < p.mode_count; ++m, out += dim) {
-    each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
-      const Vec value = parts[m].at(d, k);
-      store(p.normalize ? value / Vec::fill(divisor) : value, out + d, k);
-    });
-  }
+  write<T>(p, index, parts);
 }
 
-// Asks for what `picked` will look at: the end of the mask that it starts from, or all of it.
+inline bool only_picks(const int64_t* modes, int64_t count) {
+  bool all = true;
+  for (int64_t m = 0; m < count; ++m) all &= picks(modes[m]);
+  return all;
+}
+
+// The mask of a sentence is asked for, and the rows that `cls` and `lasttoken` take are found, while others are pooled.
+constexpr int64_t kMaskAhead = 16, kRowsAhead = 4;
+
+// Asks for what will be looked at: the line where `cls` starts, or the mask up to a length.
 inline void prefetch_mask(const Layout& l, int64_t index, bool cls_alone) {
   if (l.mask == nullptr || l.mask_stride_token != 1) return;
+  constexpr int64_t most = 4096;
   const char* row = static_cast<const char*>(l.mask) + index * l.mask_stride_batch * l.mask_bytes;
-  const int64_t bytes = cls_alone ? 1 : l.length * l.mask_bytes;
+  const int64_t all = l.length * l.mask_bytes, bytes = cls_alone ? 1 : all < most ? all : most;
   for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(row + byte);
 }
 
-// Asks for the rows that `cls` and `lasttoken` take: each is far from the last and alone, so nothing else fetches
-// ahead.
+// The rows that the modes take. Apart from `pool_one`, whose long way from row to row leaves fewer of them under way.
 template <class T>
-void prefetch_picks(const Pool& p, int64_t index) {
+void find_picks(const Pool& p, int64_t index, Part<T>* parts) {
   const Sequence s(p.layout, index);
-  const T* x = static_cast<const T*>(p.x) + index * p.stride_batch + s.origin * p.stride_token;
   for (int64_t m = 0; m < p.mode_count; ++m) {
     const int64_t token = picked(s, p.modes[m]);
-    for (int64_t d = 0; token >= 0 && d < p.layout.dim; d += static_cast<int64_t>(64 / sizeof(T))) {
-      prefetch(x + token * p.stride_token + d);
-    }
+    parts[m] = {};
+    if (token >= 0) parts[m].token = rows_of<T>(p, s) + token * p.stride_token;
   }
 }
 
 template <class T>
 void pool(const Pool& p, int64_t begin, int64_t end, float* scratch) {
-  bool only_picks = true, cls_alone = true;
-  for (int64_t m = 0; m < p.mode_count; ++m) {
-    only_picks &= picks(p.modes[m]);
-    cls_alone &= p.modes[m] == kCls;
-  }
-  constexpr int64_t group = 8;
-  for (int64_t i = begin; i < end; i += group) {
-    const int64_t stop = i + group < end ? i + group : end;
-    for (int64_t j = i; j < stop; ++j) prefetch_mask(p.layout, j, cls_alone);
-    for (int64_t j = i; only_picks && j < stop; ++j) prefetch_picks<T>(p, j);
-    for (int64_t j = i; j < stop; ++j) pool_one<T>(p, j, scratch);
+  const bool picks_alone = only_picks(p.modes, p.mode_count);
+  bool cls_alone = true;
+  for (int64_t m = 0; m < p.mode_count; ++m) cls_alone &= p.modes[m] == kCls;
+  constexpr int64_t places = 2 * kRowsAhead;  // more than are found and not yet written
+  Part<T> found[places][kMaxModes];
+  for (int64_t i = begin - kMaskAhead; i < end; ++i) {
+    const int64_t mask = i + kMaskAhead, rows = i + kRowsAhead;
+    if (mask < end) prefetch_mask(p.layout, mask, cls_alone);
+    if (picks_alone && rows >= begin && rows < end) find_picks(p, rows, found[rows % places]);
+    if (i >= begin) picks_alone ? write(p, i, found[i % places]) : pool_one<T>(p, i, scratch);
   }
 }
 
@@ -402,7 +440,7 @@ void pool_backward_one(const PoolBackward& p, int64_t index, float* scratch) {
   float* grad_pooled = scratch + 3 * padded;
   unnormalized_gradient<T>(p, index, grad_pooled);
 
-  const Summary summary = summarize(s);
+  const Summary summary = only_picks(p.modes, p.mode_count) ? Summary() : summarize(s);
 
   TokenGradient<T> token_gradient;
   const auto accumulate = [&](const float** slot, float* row, const float* part, float denominator) {

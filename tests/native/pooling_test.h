@@ -14,9 +14,12 @@ struct PoolCase {
 
   PoolCase() {
     const bool packed = integer(0, 1) != 0;
-    const int64_t batch = integer(1, 5);
+    // Many sentences, as rows are asked for ahead; or long ones, whose mask has whole lines.
+    const bool many = integer(0, 3) == 0, lengthy = !many && integer(0, 3) == 0;
+    const int64_t batch = integer(1, many ? 40 : 5);
     layout.dim = integer(1, 70);
-    layout.length = integer(0, 12);
+    layout.length = lengthy ? integer(60, 200) : integer(0, 12);
+    const int64_t tokens_of_ten = lengthy ? integer(0, 10) : 7;
     layout.prompt_length = integer(0, 3);
     if (packed) {
       cu_seqlens = Buffer<int32_t>(batch + 1);
@@ -27,7 +30,7 @@ struct PoolCase {
     } else {
       tokens = batch * layout.length;
       mask = Buffer<uint8_t>(tokens);
-      for (int64_t i = 0; i < tokens; ++i) mask[i] = integer(0, 2) != 0;
+      for (int64_t i = 0; i < tokens; ++i) mask[i] = integer(1, 10) <= tokens_of_ten;
       layout.mask = mask.get();
       layout.mask_bytes = 1;
       layout.mask_stride_batch = layout.length;
