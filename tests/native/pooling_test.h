@@ -7,7 +7,8 @@ namespace check {
 
 struct PoolCase {
   Layout layout = {};
-  Buffer<uint8_t> mask{0};
+  Buffer<uint8_t> mask{0};  // whether there is a token
+  Buffer<char> words{0};    // the same as the kernel gets it: numbers of 1 to 8 bytes, one of which is set
   Buffer<int32_t> cu_seqlens{0};
   std::vector<int64_t> modes;
   int64_t tokens = 0;  // rows of x
@@ -31,10 +32,14 @@ struct PoolCase {
       tokens = batch * layout.length;
       mask = Buffer<uint8_t>(tokens);
       for (int64_t i = 0; i < tokens; ++i) mask[i] = integer(1, 10) <= tokens_of_ten;
-      layout.mask = mask.get();
-      layout.mask_bytes = 1;
-      layout.mask_stride_batch = layout.length;
-      layout.mask_stride_token = 1;
+      const int64_t bytes = int64_t{1} << integer(0, 3), stride = integer(0, 3) == 0 ? 2 : 1;
+      words = Buffer<char>(tokens * stride * bytes);
+      for (int64_t i = 0; i < words.n; ++i) words[i] = 0;
+      for (int64_t i = 0; i < tokens; ++i) words[i * stride * bytes + integer(0, bytes - 1)] = mask[i] != 0;
+      layout.mask = words.get();
+      layout.mask_bytes = bytes;
+      layout.mask_stride_batch = layout.length * stride;
+      layout.mask_stride_token = stride;
     }
     layout.batch = batch;
     if (layout.prompt_length > layout.length) layout.prompt_length = layout.length;
