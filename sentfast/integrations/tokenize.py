@@ -100,22 +100,22 @@ class Tokenizer:
         strategies = tokenizer._get_padding_truncation_strategies(
             padding=True, truncation="longest_first", max_length=max_length
         )
-        padding, truncation, max_length, _ = strategies
+        padding, truncation, most, _ = strategies
         original = tokenizer._tokenizer
         with _shared_state:
             try:
-                tokenizer.set_truncation_and_padding(padding, truncation, max_length, 0, None, None)
+                tokenizer.set_truncation_and_padding(padding, truncation, most, 0, None, None)
                 if original.encode_special_tokens != tokenizer.split_special_tokens:
                     original.encode_special_tokens = tokenizer.split_special_tokens
             except RuntimeError:  # another thread is tokenising with it; the copy does not depend on it
                 pass
             self._backend = _copy(original)
         self._backend.encode_special_tokens = tokenizer.split_special_tokens
-        self._max_length = self._words = 0
+        self._most = self._words = 0
         if truncation.value != "do_not_truncate":
             side = tokenizer.truncation_side
-            self._backend.enable_truncation(max_length, stride=0, strategy=truncation.value, direction=side)
-            self._max_length, self._words = max_length, prefix.most_words(self._backend, max_length, side)
+            self._backend.enable_truncation(most, stride=0, strategy=truncation.value, direction=side)
+            self._most, self._words = most, prefix.most_words(self._backend, most, side)
         self._with_types = "token_type_ids" in tokenizer.model_input_names
         self._prompt = prompt
 
@@ -140,9 +140,7 @@ class Tokenizer:
         begun = [prefix.beginning(text, self._words) if isinstance(text, str) else text for text in texts]
         encodings = self._encode_whole(begun)
         # Words that the normaliser leaves nothing of give no token.
-        short = [
-            i for i, found in enumerate(encodings) if begun[i] is not texts[i] and len(found.ids) < self._max_length
-        ]
+        short = [i for i, found in enumerate(encodings) if begun[i] is not texts[i] and len(found) < self._most]
         for i, whole in zip(short, self._encode_whole([texts[i] for i in short]), strict=True):
             encodings[i] = whole
         return encodings
