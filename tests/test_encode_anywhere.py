@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -75,6 +76,15 @@ def test_two_models_at_once(makers):
     expected = [bits(model) for model in pair]
     for _ in range(3):
         assert [bits(model) for model in pair] == expected
+    start = threading.Barrier(2)
+
+    def work(model):
+        start.wait()
+        with registry.use_backend(BACKEND):
+            return [bits(model) for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, pair)) == [[one] * 10 for one in expected]
 
 
 def _child(queue, model, backend):
@@ -135,11 +145,17 @@ def backend_of_workers(monkeypatch):
 
 def test_pool(makers, backend_of_workers):
     model = makers["mpnet"](prompts=PROMPTS)
+    with sentfast.disabled():
+        stock = model.encode(TEXTS, prompt_name="query")
     expected = model.encode(TEXTS, prompt_name="query")
+    assert not np.array_equal(stock, expected)  # the bits below tell that the workers ran accelerated
     sentfast.accelerate(model)
-    pool = model.start_multi_process_pool(["cpu"])
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    workers = list(pool["processes"])
     try:
+        assert len(workers) == 2
         assert np.array_equal(model.encode(TEXTS, prompt_name="query", pool=pool, chunk_size=4), expected)
+        assert np.array_equal(model.encode_multi_process(TEXTS, pool, prompt_name="query", chunk_size=9), expected)
         tokens = model.encode(TEXTS[:3], pool=pool, output_value="token_embeddings")
         torch.testing.assert_close(tokens, model.encode(TEXTS[:3], output_value="token_embeddings"))
         if FUSED:  # 5.1 waits for ever
@@ -147,12 +163,14 @@ def test_pool(makers, backend_of_workers):
                 model.encode(["a", 3], pool=pool)
     finally:
         model.stop_multi_process_pool(pool)
+    assert not multiprocessing.active_children()
 
 
 def test_list_of_devices(makers, backend_of_workers):
     model = makers["bert"]()
-    result = model.encode(TEXTS, device=["cpu"], convert_to_tensor=True)
+    result = model.encode(TEXTS, device=["cpu", "cpu"], convert_to_tensor=True, chunk_size=5)
     assert torch.equal(result, model.encode(TEXTS, convert_to_tensor=True))
+    assert not multiprocessing.active_children()
 
 
 def test_a_worker_process_runs_accelerated(makers):
@@ -266,6 +284,12 @@ def disturb_dtype(model):
     model.double()
 
 
+def disturb_quantise(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(model[0].auto_model, {torch.nn.Linear}, torch.qint8, inplace=True)
+
+
 @needs_fused
 @pytest.mark.parametrize(
     ("disturb", "codes", "operators"),
@@ -274,6 +298,7 @@ def disturb_dtype(model):
         (disturb_instance, {"SF110"}, {"encoder", "pool"}),
         (disturb_restore, {"SF118"}, {"pool"}),
         (disturb_dtype, {"SF102"}, set()),
+        (disturb_quantise, {"SF108"}, {"pool"}),
     ],
 )
 def test_models_that_the_loop_leaves_to_the_original(makers, disturb, codes, operators):
@@ -308,3 +333,55 @@ def test_weights_that_change_are_seen(makers):
             parameter.mul_(0.9)
     check(model, TEXTS)
     check(model.to(torch.bfloat16).float(), TEXTS)
+
+
+def layers_of(model):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@needs_fused
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_adapters_are_honoured_until_they_are_merged(makers, kind):
+    """LoRA as peft wraps a base model: its own code runs, merged into the weights or not; unloaded, ours again."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = makers[kind]()
+    before = model.encode(TEXTS)
+    config = peft.LoraConfig(target_modules=["query", "q", "intermediate.dense"], r=4, init_lora_weights=False)
+    wrapped = model[0].model = peft.get_peft_model(model[0].auto_model, config)
+    for change in (lambda: None, wrapped.merge_adapter, wrapped.unmerge_adapter):
+        change()
+        assert {layer.merged for layer in layers_of(model)} == {change == wrapped.merge_adapter}
+        with sentfast.disabled():
+            eager = model.encode(TEXTS)
+        sentfast.report(reset=True)
+        np.testing.assert_allclose(model.encode(TEXTS), eager, atol=1e-5)
+        report = sentfast.report()
+        assert {name for name, _ in report.calls} - {"l2_normalize"} == {"pool"}
+        assert {code for _, code in report.fallbacks} <= {"SF108", "SF123"} and report.fallbacks
+        assert np.abs(eager - before).max() > 1e-3
+    model[0].model = wrapped.merge_and_unload()
+    check(model, TEXTS)
+    assert np.abs(model.encode(TEXTS) - eager).max() < 1e-4
+
+
+@needs_fused
+def test_adapters_of_the_model_itself(makers):
+    """LoRA as ``add_adapter`` puts it into the layers of a model, switched off and on and taken out again."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = makers["bert"]()
+    check(model, TEXTS)
+    before = model.encode(TEXTS)
+    model.add_adapter(peft.LoraConfig(target_modules=["query", "intermediate.dense"], r=4, init_lora_weights=False))
+    model.eval()
+    for on in (True, False, True):
+        (model.enable_adapters if on else model.disable_adapters)()
+        with sentfast.disabled():
+            eager = model.encode(TEXTS)
+        assert (np.abs(eager - before).max() > 1e-3) == on
+        with ran("pool", codes={"SF108"}, fused=False):
+            np.testing.assert_allclose(model.encode(TEXTS), eager, atol=1e-5)
+    model.delete_adapter("default")  # leaves the layers of the adapter where they are
+    with ran("pool", codes={"SF108"}, fused=False):
+        np.testing.assert_allclose(model.encode(TEXTS), before, atol=1e-5)

@@ -53,13 +53,13 @@ def save_tokenizer(path: Path) -> int:
     return len(vocabulary)
 
 
-def save_base(folder: Path, kind: str) -> str:
-    """A base model of transformers with its tokenizer."""
+def save_base(folder: Path, kind: str, **sizes: float) -> str:
+    """A base model of transformers with its tokenizer; sizes: instead of the tiny ones."""
     path = folder / kind
     config, cls = _CONFIGS[kind]
-    size = save_tokenizer(path)
+    vocabulary = save_tokenizer(path)
     torch.manual_seed(0)
-    cls(config(vocab_size=size, **_SIZES)).save_pretrained(path)
+    cls(config(vocab_size=vocabulary, **{**_SIZES, **sizes})).save_pretrained(path)
     return str(path)
 
 

@@ -122,10 +122,7 @@ Softmax softmax(const float* scores, Element* weights, int64_t first, int64_t be
       top = Vec::max(top, Vec::select(Vec::first_lanes(k.count), x, lowest));
     }
   });
-  float lane[Vec::lanes];
-  top.store(lane);
-  float highest = lane[0];
-  for (int i = 1; i < Vec::lanes; ++i) highest = lane[i] > highest ? lane[i] : highest;
+  const float highest = top.highest();
   const Vec log2e = Vec::fill(math::kLog2E), offset = Vec::fill(-highest * math::kLog2E);
   Vec sum = Vec::zero();
   Element* to = weights + begin;

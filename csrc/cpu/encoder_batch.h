@@ -15,6 +15,8 @@ namespace sentfast::cpu::packed {
 
 // Tokens of a group: enough to use a panel of weights often, few enough that their activations stay in cache.
 constexpr int64_t kGroupTokens = 192;
+// The same where a part of a weight is turned into a panel for every group: more rows pay for that.
+constexpr int64_t kGroupTokensInRows = 384;
 // Multiply-adds of a layer below which threads cost more than they bring.
 constexpr int64_t kWorthSharing = int64_t{2} << 20;
 // The threads that share a group must be idle for less than this, else the group is shared step by step.
@@ -116,14 +118,14 @@ inline double balance(const std::vector<Group>& groups, int64_t threads, int64_t
 }
 
 inline Plan make_plan(const Model& m, const Batch& b) {
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads(), most = m.in_rows() ? kGroupTokensInRows : kGroupTokens;
   if (threads == 1 || b.tokens * m.multiply_adds_per_token() < kWorthSharing) {
-    return {cut(b, (b.tokens + kGroupTokens - 1) / kGroupTokens), false};
+    return {cut(b, (b.tokens + most - 1) / most), false};
   }
-  const int64_t rounds = (b.tokens + threads * kGroupTokens - 1) / (threads * kGroupTokens);
+  const int64_t rounds = (b.tokens + threads * most - 1) / (threads * most);
   std::vector<Group> groups = cut(b, threads * rounds);
   const bool shared = balance(groups, threads, b.tokens) < kBalanced;
-  if (shared) groups = cut(b, (b.tokens + threads * kGroupTokens - 1) / (threads * kGroupTokens));
+  if (shared) groups = cut(b, (b.tokens + threads * most - 1) / (threads * most));
   return {groups, shared};
 }
 

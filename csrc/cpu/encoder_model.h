@@ -74,6 +74,7 @@ struct Model {
   float eps;
 
   int64_t up_columns() const { return gated ? 2 * intermediate : intermediate; }
+  bool in_rows() const { return !layers.empty() && layers[0].up.stride > 0; }  // weights not in panels
   int64_t element_bytes() const { return compute == Compute::BFloat16 ? 2 : 4; }
   int64_t multiply_adds_per_token() const { return hidden * (4 * hidden + up_columns() + intermediate); }
 };

@@ -133,6 +133,12 @@ struct Vec {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
+  // Any lane's number where one is NaN.
+  float highest() const {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
   // Rows become columns. Pairs and quadruples of lanes change places first, then the halves of each row.
   static void transpose(Vec (&x)[8]) {
     __m256 y[8], z[8];

@@ -106,6 +106,13 @@ struct Vec {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
+  // Any lane's number where one is NaN.
+  float highest() const {
+    const __m256 x = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+  }
   // Rows become columns. Pairs and quadruples of lanes change places first, then the four quarters of each row.
   static void transpose(Vec (&x)[16]) {
     __m512 y[16], z[16];

@@ -231,6 +231,12 @@ struct Vec {
   }
 
   float sum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+  // Any lane's number where one is NaN.
+  float highest() const {
+    float found = v[0];
+    for (int i = 1; i < lanes; ++i) found = v[i] > found ? v[i] : found;
+    return found;
+  }
   // Rows become columns.
   static void transpose(Vec (&x)[lanes]) {
     for (int i = 0; i < lanes; ++i) {

@@ -16,6 +16,8 @@ import numpy as np
 import tokenizers
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from sentfast.integrations import prefix
+
 # A tokenizer class that overrides one of these may give other ids.
 _STEPS = (
     "__call__",
@@ -98,31 +100,29 @@ class Tokenizer:
         strategies = tokenizer._get_padding_truncation_strategies(
             padding=True, truncation="longest_first", max_length=max_length
         )
-        padding, truncation, max_length, _ = strategies
+        padding, truncation, most, _ = strategies
         original = tokenizer._tokenizer
         with _shared_state:
             try:
-                tokenizer.set_truncation_and_padding(padding, truncation, max_length, 0, None, None)
+                tokenizer.set_truncation_and_padding(padding, truncation, most, 0, None, None)
                 if original.encode_special_tokens != tokenizer.split_special_tokens:
                     original.encode_special_tokens = tokenizer.split_special_tokens
             except RuntimeError:  # another thread is tokenising with it; the copy does not depend on it
                 pass
             self._backend = _copy(original)
         self._backend.encode_special_tokens = tokenizer.split_special_tokens
+        self._most = self._words = 0
         if truncation.value != "do_not_truncate":
-            self._backend.enable_truncation(
-                max_length, stride=0, strategy=truncation.value, direction=tokenizer.truncation_side
-            )
+            side = tokenizer.truncation_side
+            self._backend.enable_truncation(most, stride=0, strategy=truncation.value, direction=side)
+            self._most, self._words = most, prefix.most_words(self._backend, most, side)
         self._with_types = "token_type_ids" in tokenizer.model_input_names
         self._prompt = prompt
 
     def __call__(self, texts: list) -> Tokens:
         if self._prompt:
             texts = [_prepend(self._prompt, text) for text in texts]
-        if len(texts) <= _FEW:
-            encodings = [self._encode_one(text) for text in texts]
-        else:
-            encodings = self._backend.encode_batch_fast(texts)
+        encodings = self._encode(texts)
         rows = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = _flat(rows, lengths)
@@ -133,6 +133,22 @@ class Tokenizer:
         if not pairs and not any(encodings[int(lengths.argmax())].type_ids):
             return Tokens(ids, None, lengths)
         return Tokens(ids, _flat([encoding.type_ids for encoding in encodings], lengths), lengths)
+
+    def _encode(self, texts: list) -> list[tokenizers.Encoding]:
+        if not self._words:
+            return self._encode_whole(texts)
+        begun = [prefix.beginning(text, self._words) if isinstance(text, str) else text for text in texts]
+        encodings = self._encode_whole(begun)
+        # Words that the normaliser leaves nothing of give no token.
+        short = [i for i, found in enumerate(encodings) if begun[i] is not texts[i] and len(found) < self._most]
+        for i, whole in zip(short, self._encode_whole([texts[i] for i in short]), strict=True):
+            encodings[i] = whole
+        return encodings
+
+    def _encode_whole(self, texts: list) -> list[tokenizers.Encoding]:
+        if len(texts) <= _FEW:
+            return [self._encode_one(text) for text in texts]
+        return self._backend.encode_batch_fast(texts)
 
     def _encode_one(self, text: Any) -> tokenizers.Encoding:
         return self._backend.encode(text) if isinstance(text, str) else self._backend.encode(*text)
