@@ -45,6 +45,15 @@ _varlen_attention_backward = define(
 )
 
 
+# Without a gradient, for the encoder on a GPU.
+_rotary_attention = define(
+    "rotary_attention(Tensor q, Tensor k, Tensor v, Tensor position_ids, Tensor cosines, Tensor sines,"
+    " Tensor cu_seqlens, int max_seqlen, float softmax_scale, int left, int right) -> Tensor",
+    reference=reference.rotary_attention,
+    fake=lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
+)
+
+
 class _Options(NamedTuple):
     """What follows the bias in the operators' schemas."""
 
