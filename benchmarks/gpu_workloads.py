@@ -12,12 +12,13 @@ from timing import Variant
 from torch import Tensor
 from workload import OURS, STOCK, Inputs, Workload, random, rows_of, size
 
-from sentfast import functional, reference
+from sentfast import functional, native, reference
 from sentfast.ops import search
 from sentfast.ops.attention import _rotary_attention, _varlen_attention
 from sentfast.ops.layers import _gated_activation, _rotate_
 from sentfast.ops.linear import _linear_gated_activation
 from sentfast.reference import ACTIVATIONS
+from sentfast.registry import use_backend
 
 Attend = Callable[[Tensor, Inputs], Tensor]
 
@@ -54,6 +55,12 @@ def _sequences(batch: int, length: int, *, mixed: bool, bias: bool) -> Callable[
 
 def _ours(x: Tensor, i: Inputs) -> Tensor:
     return functional.varlen_attention_qkvpacked(x, i["cu_seqlens"], i["longest"], bias=i.get("bias"))
+
+
+def _in_cuda(x: Tensor, i: Inputs) -> Tensor:
+    """csrc/cuda's kernel, which runs where it is asked for; see prefer_triton in sentfast/ops/attention.py."""
+    with use_backend("cuda"):
+        return _ours(x, i)
 
 
 def _without_bias(x: Tensor, i: Inputs) -> Tensor:
@@ -125,6 +132,8 @@ def _backward(attend: Attend, *, pad: bool = False, bound: bool = False) -> Vari
 
 def _attention_variants(form: Callable[..., Variant], bias: bool) -> dict[str, Variant]:
     found = {OURS: form(_ours), STOCK: form(_padded, pad=True)}
+    if form is _forward and not native.why_no_cuda():
+        found["CUDA C++"] = form(_in_cuda)
     if bias:
         found["without bias"] = form(_without_bias, bound=True)
     else:
@@ -250,6 +259,7 @@ def _rotary_rows() -> list[Workload]:
             exact=_exact_rotary,
             work=lambda i: {"copy_fresh": 4.0 * size(i["grad"])},
             targets={APART: 1.0},
+            tiny=512,
             gpu=True,
         )
         for name, (batch, length, window) in shapes.items()
