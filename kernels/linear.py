@@ -72,7 +72,10 @@ def _linear_kernel(
         x_tile += tl.full([], BLOCK_K, tl.int64) * x_column_stride
         weight_tile += tl.full([], BLOCK_K, tl.int64) * weight_column_stride
     if bias is not None:
-        total += tl.load(bias + weight_row).to(tl.float32)[None, :]
+        if GATED:
+            total += tl.load(bias + weight_row).to(tl.float32)[None, :]
+        else:
+            total += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
     if GATED:
         value, gate = tl.split(tl.reshape(total, [BLOCK_N, BLOCK_M // 2, 2]))
         result = (activate(value, ACTIVATION) * gate).to(y.dtype.element_ty)
