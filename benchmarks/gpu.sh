@@ -207,10 +207,10 @@ meet
 step bench-encoder 120 "$python" benchmarks/gpu_encoder.py "${encoder[@]}" --output "$encoder_results"
 if [[ $dry == 1 ]]; then
   step bench 60 "$python" benchmarks/bench.py --quick --device cpu --output $results \
-    --only normalize 'layer_*' up_384_bfloat16_256 attention_128_bias gpu_search
+    --only normalize 'layer_*' up_384_bfloat16_256 up_gated_bfloat16_256 attention_128_bias attention_rotary_128 gpu_search
 else
-  bench attention 80
-  bench layers 60
+  bench attention 100
+  bench layers 70
   bench gpu_search 45
   bench overhead 30
   bench similarity 45

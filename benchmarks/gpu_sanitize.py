@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from cases import CASES, DTYPES, Case
+from cases import CASES, DTYPES, HALF_DTYPES, VALUES, Case
 
 import sentfast
 from sentfast.ops import search
@@ -25,7 +25,7 @@ SEARCH = ("search_topk", "search_pairs", "search_count")
 
 def cases_of(backend: str) -> list[Case]:
     """The cases whose operators have a kernel on it."""
-    return [case for case in CASES if backend in ("cpu", "reference", *case.gpu_backends)]
+    return [case for case in (*CASES, *VALUES) if backend in ("cpu", "reference", *case.gpu_backends)]
 
 
 def searches(backend: str) -> bool:
@@ -48,8 +48,11 @@ def call_every_operator(backend: str, device: str, every: int) -> set[str]:
     sentfast.report(reset=True)
     with use_backend(backend):
         for case in cases_of(backend):
-            for dtype in DTYPES:
+            for dtype in HALF_DTYPES if case in VALUES else DTYPES:
                 for call in list(case.calls(dtype, device, False))[::every]:
+                    if case in VALUES:
+                        case.run(call)
+                        continue
                     for x in call.tensors:
                         x.requires_grad_()
                     case.run(call).sum().backward()

@@ -12,8 +12,13 @@ from timing import Variant
 from torch import Tensor
 from workload import OURS, STOCK, Inputs, Workload, random, rows_of, size
 
-from sentfast import functional, reference
+from sentfast import functional, native, reference
 from sentfast.ops import search
+from sentfast.ops.attention import _rotary_attention, _varlen_attention
+from sentfast.ops.layers import _gated_activation, _rotate_
+from sentfast.ops.linear import _linear_gated_activation
+from sentfast.reference import ACTIVATIONS
+from sentfast.registry import use_backend
 
 Attend = Callable[[Tensor, Inputs], Tensor]
 
@@ -50,6 +55,12 @@ def _sequences(batch: int, length: int, *, mixed: bool, bias: bool) -> Callable[
 
 def _ours(x: Tensor, i: Inputs) -> Tensor:
     return functional.varlen_attention_qkvpacked(x, i["cu_seqlens"], i["longest"], bias=i.get("bias"))
+
+
+def _in_cuda(x: Tensor, i: Inputs) -> Tensor:
+    """csrc/cuda's kernel, which runs where it is asked for; see prefer_triton in sentfast/ops/attention.py."""
+    with use_backend("cuda"):
+        return _ours(x, i)
 
 
 def _without_bias(x: Tensor, i: Inputs) -> Tensor:
@@ -121,6 +132,8 @@ def _backward(attend: Attend, *, pad: bool = False, bound: bool = False) -> Vari
 
 def _attention_variants(form: Callable[..., Variant], bias: bool) -> dict[str, Variant]:
     found = {OURS: form(_ours), STOCK: form(_padded, pad=True)}
+    if form is _forward and not native.why_no_cuda():
+        found["CUDA C++"] = form(_in_cuda)
     if bias:
         found["without bias"] = form(_without_bias, bound=True)
     else:
@@ -180,6 +193,77 @@ def _attention_rows() -> list[Workload]:
             )
         )
     return rows
+
+
+# ---- attention of ModernBERT -------------------------------------------------------------------------------------
+
+APART = "one after the other"
+
+
+def _rotary(batch: int, length: int, window: int) -> Callable[[torch.device, int, int], Inputs]:
+    """Twelve heads of 64 with the angles of each position; window: keys that a query sees to each side, -1 for all."""
+
+    def make(device: torch.device, shrink: int, seed: int) -> Inputs:
+        inputs = _sequences(batch, length, mixed=False, bias=False)(device, shrink, seed)
+        longest = inputs["longest"]
+        positions = torch.arange(longest, device=device)
+        turns = positions.unsqueeze(1) * 160000.0 ** -torch.linspace(0, 1, 33, device=device)[:32]
+        inputs |= {"positions": positions.int().repeat(inputs["batch"]), "angles": (turns.cos(), turns.sin())}
+        inputs["window"] = (window, window)
+        if window >= 0:
+            inputs["mask"] = (positions - positions.unsqueeze(1)).abs() <= window
+        return inputs
+
+    return make
+
+
+def _turned_inside(i: Inputs) -> Tensor:
+    where = i["positions"], *i["angles"], i["cu_seqlens"], i["longest"]
+    return _rotary_attention(*i["x"].unbind(1), *where, 64**-0.5, *i["window"])
+
+
+def _turned_before(i: Inputs) -> Tensor:
+    _rotate_(i["x"], i["positions"], *i["angles"])
+    where = i["cu_seqlens"], i["longest"], None
+    return _varlen_attention(*i["x"].unbind(1), *where, 64**-0.5, *i["window"], 0.0, 0, 0)
+
+
+def _turned_and_padded(i: Inputs) -> Tensor:
+    """As transformers does it: angles in the dtype of the model, PyTorch's attention."""
+    x = i["x"].view(i["batch"], i["longest"], *i["x"].shape[1:])
+    cosines, sines = (torch.cat([a, a], dim=-1)[:, None, None].to(x.dtype) for a in i["angles"])
+    real, imaginary = x[:, :, :2].chunk(2, dim=-1)
+    qk = x[:, :, :2] * cosines + torch.cat([-imaginary, real], dim=-1) * sines
+    return _padded(torch.cat([qk, x[:, :, 2:]], dim=2), i)
+
+
+def _exact_rotary(i: Inputs) -> Tensor:
+    where = i["positions"], *i["angles"], i["cu_seqlens"], i["longest"]
+    return reference.rotary_attention(*i["x"].double().unbind(1), *where, 64**-0.5, *i["window"])
+
+
+def _rotary_rows() -> list[Workload]:
+    """Both ways of the encoder, for `fuses_rotary` to be set by: a key is turned once for 64 or 128 queries."""
+    shapes = {"128": (512, 128, -1), "512": (128, 512, -1), "2048": (32, 2048, -1), "2048_window": (32, 2048, 64)}
+    return [
+        Workload(
+            name=f"attention_rotary_{name}",
+            table="attention",
+            title=f"{batch} sequences of {length}, 12 × 64, rotary{'' if window < 0 else f', window of {window}'}",
+            make=_rotary(batch, length, window),
+            variants=lambda: {
+                OURS: Variant(_turned_inside),
+                STOCK: Variant(_turned_and_padded),
+                APART: Variant(_turned_before, prepare=lambda i: {**i, "x": i["x"].clone()}),
+            },
+            exact=_exact_rotary,
+            work=lambda i: {"copy_fresh": 4.0 * size(i["grad"])},
+            targets={APART: 1.0},
+            tiny=512,
+            gpu=True,
+        )
+        for name, (batch, length, window) in shapes.items()
+    ]
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------
@@ -267,8 +351,6 @@ def _layer_rows() -> list[Workload]:
 
 # ---- the up product of the feed-forward --------------------------------------------------------------------------
 
-APART = "product, then activation"
-
 
 def _up(tokens: int, hidden: int, dtype: torch.dtype) -> Callable[[torch.device, int, int], Inputs]:
     def make(device: torch.device, shrink: int, seed: int) -> Inputs:
@@ -304,6 +386,51 @@ def _up_rows() -> list[Workload]:
                 make=_up(tokens, hidden, dtype),
                 variants=_up_variants,
                 exact=lambda i: F.gelu(F.linear(i["x"].double(), i["weight"].double(), i["bias"].double())),
+                work=lambda i, kind=kind: {f"peak_{kind}": 2.0 * i["x"].numel() * len(i["weight"])},
+                targets={APART: 1.0},
+                gpu=True,
+            )
+        )
+    return rows
+
+
+def _up_gated(tokens: int, dtype: torch.dtype) -> Callable[[torch.device, int, int], Inputs]:
+    def make(device: torch.device, shrink: int, seed: int) -> Inputs:
+        return {
+            "x": random(device, seed, rows_of(tokens, shrink), 768).to(dtype),
+            "weight": (random(device, seed + 1000, 2304, 768) * 768**-0.5).to(dtype),
+        }
+
+    return make
+
+
+def _gated_as_in_pytorch(i: Inputs) -> Tensor:
+    y, gate = F.linear(i["x"], i["weight"]).chunk(2, dim=-1)
+    return F.gelu(y) * gate
+
+
+def _up_gated_variants() -> dict[str, Variant]:
+    gelu = ACTIVATIONS.index("gelu")
+    return {
+        OURS: Variant(lambda i: _linear_gated_activation(i["x"], i["weight"], None, gelu)),
+        STOCK: Variant(_gated_as_in_pytorch),
+        APART: Variant(lambda i: _gated_activation(F.linear(i["x"], i["weight"]), None, gelu)),
+    }
+
+
+def _up_gated_rows() -> list[Workload]:
+    """The same of ModernBERT-base, whose up product makes numbers and their gates."""
+    rows = []
+    for tokens, dtype in ((16384, torch.bfloat16), (256, torch.bfloat16), (2048, torch.float32)):
+        kind = str(dtype).removeprefix("torch.")
+        rows.append(
+            Workload(
+                name=f"up_gated_{kind}_{tokens}",
+                table="layers",
+                title=f"linear, GELU and gate, {tokens:,} × 768 to 2 × 1152, {kind}",
+                make=_up_gated(tokens, dtype),
+                variants=_up_gated_variants,
+                exact=lambda i: _gated_as_in_pytorch({name: x.double() for name, x in i.items()}),
                 work=lambda i, kind=kind: {f"peak_{kind}": 2.0 * i["x"].numel() * len(i["weight"])},
                 targets={APART: 1.0},
                 gpu=True,
@@ -356,4 +483,4 @@ def _search_rows() -> list[Workload]:
     ]
 
 
-GPU_WORKLOADS = (*_attention_rows(), *_layer_rows(), *_up_rows(), *_search_rows())
+GPU_WORKLOADS = (*_attention_rows(), *_rotary_rows(), *_layer_rows(), *_up_rows(), *_up_gated_rows(), *_search_rows())

@@ -1,6 +1,7 @@
 """Attention of packed sequences in Triton, forward: one pass over the keys with a running softmax.
 
 A program has a block of queries of one head of one sequence; those past the end of their sequence return at once.
+Where there are angles, queries and keys are turned as they are loaded, each key once for every block of queries.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from torch import Tensor
 from sentfast import reference
 from sentfast.registry import implements
 
-from .attention_tiles import INFINITY, LARGEST_HEAD, Plan, load_rows, masked_scores, plan, sequence_span, store_rows
+from .attention_tiles import (
+    INFINITY,
+    LARGEST_HEAD,
+    Plan,
+    load_rows,
+    load_turned_rows,
+    masked_scores,
+    plan,
+    sequence_span,
+    store_rows,
+)
 from .dropout import SEED_ARGUMENTS, Dropout, kept
 from .triton_utils import loop_bound, on_device
 
@@ -37,6 +48,9 @@ def _attention_kernel(
     lse,
     cu_seqlens,
     bias,
+    position_ids,
+    cosines,
+    sines,
     tokens,
     heads,
     blocks,
@@ -69,7 +83,14 @@ def _attention_kernel(
     if begin >= length:
         return
     query = begin + tl.arange(0, QUERIES)
-    q_tile = load_rows(q + first * q_stride + head * q_head_stride, query, length, q_stride, HEAD_DIM, BLOCK_D)
+    q += first * q_stride + head * q_head_stride
+    if cosines is not None:
+        position_ids += first
+        q_real, q_imaginary = load_turned_rows(
+            q, query, length, q_stride, position_ids, cosines, sines, HEAD_DIM, BLOCK_D
+        )
+    else:
+        q_tile = load_rows(q, query, length, q_stride, HEAD_DIM, BLOCK_D)
     k += first * k_stride + head * k_head_stride
     v += first * v_stride + head * v_head_stride
     if bias is not None:
@@ -87,9 +108,16 @@ def _attention_kernel(
     result = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for start in range(loop_bound(first_key), loop_bound(end_key), KEYS):
         key = start + tl.arange(0, KEYS)
-        k_tile = load_rows(k, key, length, k_stride, HEAD_DIM, BLOCK_D)
+        if cosines is not None:
+            k_real, k_imaginary = load_turned_rows(
+                k, key, length, k_stride, position_ids, cosines, sines, HEAD_DIM, BLOCK_D
+            )
+            product = tl.dot(q_real, tl.trans(k_real), input_precision=PRECISION)
+            product = tl.dot(q_imaginary, tl.trans(k_imaginary), product, input_precision=PRECISION)
+        else:
+            k_tile = load_rows(k, key, length, k_stride, HEAD_DIM, BLOCK_D)
+            product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         v_tile = load_rows(v, key, length, v_stride, HEAD_DIM, BLOCK_D)
-        product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         score, _ = masked_scores(
             product, query[:, None], key[None, :], length, bias, softmax_scale, left, right, LEFT, RIGHT
         )
@@ -132,15 +160,51 @@ def varlen_attention_forward(
     seed: int,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    tokens, heads, head_dim = q.shape
-    if not 0 < head_dim <= LARGEST_HEAD:
+    if not 0 < q.shape[-1] <= LARGEST_HEAD:
         return reference.varlen_attention_forward(
             q, k, v, cu_seqlens, max_seqlen, bias, softmax_scale, left, right, dropout_p, seed, stream
         )
+    call = plan((q, k, v), bias, softmax_scale, left, right, Dropout.of(dropout_p, seed, stream))
+    return _attend(call, _tiles(call, max_seqlen), cu_seqlens, max_seqlen, bias)
+
+
+@implements("rotary_attention")
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_ids: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    left: int,
+    right: int,
+) -> Tensor:
+    if not 0 < q.shape[-1] <= LARGEST_HEAD:
+        return reference.rotary_attention(
+            q, k, v, position_ids, cosines, sines, cu_seqlens, max_seqlen, softmax_scale, left, right
+        )
+    call = plan((q, k, v), None, softmax_scale, left, right, Dropout.of(0.0, 0, 0))
+    # The halves of a head are the two sums of a score, and a tensor core's have at least 16 columns.
+    call.constants["BLOCK_D"] = max(call.block_d, 32)
+    angles = tuple(x.contiguous() for x in (position_ids, cosines, sines))
+    return _attend(call, _tiles(call, max_seqlen), cu_seqlens, max_seqlen, None, angles)[0]
+
+
+def _attend(
+    call: Plan,
+    tiles: dict[str, int],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    bias: Tensor | None,
+    angles: tuple[Tensor | None, ...] = (None, None, None),
+) -> tuple[Tensor, Tensor]:
+    q = call.parts[0]
+    tokens, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
-    call = plan((q, k, v), bias, softmax_scale, left, right, Dropout.of(dropout_p, seed, stream))
-    tiles = _tiles(call, max_seqlen)
     blocks = triton.cdiv(max_seqlen, tiles["QUERIES"])
     programs = blocks * heads * (cu_seqlens.shape[0] - 1)
     if programs:
@@ -151,6 +215,7 @@ def varlen_attention_forward(
                 lse,
                 cu_seqlens.contiguous(),
                 None if bias is None else bias.contiguous(),
+                *angles,
                 tokens,
                 heads,
                 blocks,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout
+from .rotary import turned
 from .triton_utils import tf32_allowed
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,6 +35,18 @@ def load_rows(x, row, length, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
     if HEAD_DIM < BLOCK_D:
         inside = inside & (column < HEAD_DIM)[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_turned_rows(
+    x, row, length, stride, position_ids, cosines, sines, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows of a sequence turned by the angles of their positions: their two halves, [rows, BLOCK_D / 2]."""
+    lane = tl.arange(0, BLOCK_D // 2)[None, :]
+    inside = (row < length)[:, None] & (lane < HEAD_DIM // 2)
+    position = tl.load(position_ids + row, mask=row < length, other=0)[:, None]
+    x += row.to(tl.int64)[:, None] * stride + lane
+    return turned(x, position, cosines, sines, inside, lane, HEAD_DIM // 2)
 
 
 @triton.jit

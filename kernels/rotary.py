@@ -1,4 +1,4 @@
-"""Rotary position embedding in Triton: queries and keys are turned where they lie."""
+"""Rotary position embedding in Triton: queries and keys are turned where they lie, or as attention loads them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from .triton_utils import on_device
 _TILE = 1024
 
 
+@triton.jit
+def turned(x, position, cosines, sines, inside, lane, HALF: tl.constexpr):
+    """Real and imaginary parts of rows of a head, whose halves they are, turned by the angles of their positions.
+
+    x: where the real parts lie, HALF columns before the imaginary ones; position: a column of integers.
+    """
+    angle = position.to(tl.int64) * HALF + lane
+    cosine = tl.load(cosines + angle, mask=inside, other=0.0).to(tl.float32)
+    sine = tl.load(sines + angle, mask=inside, other=0.0).to(tl.float32)
+    real = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    imaginary = tl.load(x + HALF, mask=inside, other=0.0).to(tl.float32)
+    dtype = x.dtype.element_ty
+    return (real * cosine - imaginary * sine).to(dtype), (imaginary * cosine + real * sine).to(dtype)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _rotate_kernel(
     qkv, position_ids, cosines, sines, rows, heads, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -23,16 +38,11 @@ def _rotate_kernel(
     lane = tl.arange(0, BLOCK)[None, :]
     token = row // (2 * heads)
     inside = (row < rows)[:, None] & (lane < HALF)
-    position = tl.load(position_ids + token, mask=row < rows, other=0).to(tl.int64)
-    angle = position[:, None] * HALF + lane
-    cosine = tl.load(cosines + angle, mask=inside, other=0.0).to(tl.float32)
-    sine = tl.load(sines + angle, mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(position_ids + token, mask=row < rows, other=0)[:, None]
     qkv += ((token * 3 * heads + row % (2 * heads)) * 2 * HALF)[:, None] + lane
-    real = tl.load(qkv, mask=inside, other=0.0).to(tl.float32)
-    imaginary = tl.load(qkv + HALF, mask=inside, other=0.0).to(tl.float32)
-    dtype = qkv.dtype.element_ty
-    tl.store(qkv, (real * cosine - imaginary * sine).to(dtype), mask=inside)
-    tl.store(qkv + HALF, (imaginary * cosine + real * sine).to(dtype), mask=inside)
+    real, imaginary = turned(qkv, position, cosines, sines, inside, lane, HALF)
+    tl.store(qkv, real, mask=inside)
+    tl.store(qkv + HALF, imaginary, mask=inside)
 
 
 @implements("rotate_")

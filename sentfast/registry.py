@@ -13,8 +13,8 @@ reference   plain PyTorch (``reference/``)      everything else
 ==========  ====================================  =========================================
 
 The rule: a forced backend wins (:func:`use_backend`, ``SENTFAST_BACKEND``) and is an error where it cannot run;
-else the device decides; a dtype or device without a kernel uses the reference, which ``SENTFAST_STRICT=1`` turns
-into an error.
+else the device decides; a dtype, a device or arguments without a kernel use the reference, which
+``SENTFAST_STRICT=1`` turns into an error.
 
 Names: ``<op>`` gives the result alone, ``<op>_forward`` the result and what ``<op>_backward`` needs.
 """
@@ -67,13 +67,20 @@ class Op:
     """One operator: call it with its schema's arguments; the first, a tensor, decides device and dtype."""
 
     def __init__(
-        self, name: str, reference: Callable, fake: Callable, prefer_triton: tuple[torch.dtype, ...], forward: Op | None
+        self,
+        name: str,
+        reference: Callable,
+        fake: Callable,
+        prefer_triton: tuple[torch.dtype, ...],
+        forward: Op | None,
+        cuda_refuses: Callable[..., str] | None,
     ):
         self.name = name
         self.reference = reference
         self.fake = fake
         self.forward = forward
         self.prefer_triton = prefer_triton
+        self.cuda_refuses = cuda_refuses
         self.triton: Callable | None = None
         self.overload = getattr(torch.ops.sentfast, self.name).default
         # What the overload calls after a Python hop; half a microsecond less where it is there.
@@ -87,15 +94,15 @@ class Op:
             return self.overload(*args) if x.dtype in KERNEL_DTYPES else self.reference(*args)
         if x.is_cpu and x.dtype in KERNEL_DTYPES and forced_backend() is None and _STATE.cpu is not None:
             return self.native(*args)  # the common case, in the fewest steps
-        backend, implementation = self.choose(x)
+        backend, implementation = self.choose(*args)
         self.calls[backend] += 1
         return implementation(*args)
 
-    def choose(self, x: torch.Tensor) -> tuple[str, Callable]:
-        """The backend for a call whose first tensor is x, and the function that runs it."""
+    def choose(self, x: torch.Tensor, *rest: Any) -> tuple[str, Callable]:
+        """The backend for a call with these arguments, or with such a first tensor, and the function that runs it."""
         forced = forced_backend()
         if forced is not None:
-            why = self.why_not(forced, x)
+            why = self.why_not(forced, x, *rest)
             if why:
                 raise BackendError(f"sentfast: backend {forced!r} cannot run {self.name!r}: {why}.")
             return forced, self.implementation(forced)
@@ -105,10 +112,12 @@ class Op:
                 return "cpu", self.overload
             if device == "cuda":
                 for backend in ("triton", "cuda") if x.dtype in self.prefer_triton else ("cuda", "triton"):
-                    if not self.why_not(backend, x):
+                    if not self.why_not(backend, x, *rest):
                         return backend, self.implementation(backend)
         if _STRICT:
-            raise BackendError(f"sentfast: SENTFAST_STRICT=1 and {self.name!r} has no kernel here: {self.explain(x)}.")
+            raise BackendError(
+                f"sentfast: SENTFAST_STRICT=1 and {self.name!r} has no kernel here: {self.explain(x, *rest)}."
+            )
         return "reference", self.reference
 
     def native(self, *args: Any) -> Any:
@@ -125,8 +134,8 @@ class Op:
         assert found is not None, backend
         return found
 
-    def why_not(self, backend: str, x: torch.Tensor) -> str:
-        """Why `backend` cannot run a call whose first tensor is x; empty if it can."""
+    def why_not(self, backend: str, x: torch.Tensor, *rest: Any) -> str:
+        """Why `backend` cannot run a call with these arguments, or with such a first tensor; empty if it can."""
         if backend == "reference":
             return ""
         if x.dtype not in KERNEL_DTYPES:
@@ -137,11 +146,12 @@ class Op:
             return f"the tensor is on {x.device}"
         if backend == "cpu":
             return native.why_no_cpu()
-        return native.why_no_cuda() or ("" if _has_cuda(self) else "no CUDA kernel")
+        why = native.why_no_cuda() or ("" if _has_cuda(self) else "no CUDA kernel")
+        return why or (self.cuda_refuses(x, *rest) if self.cuda_refuses is not None and rest else "")
 
-    def explain(self, x: torch.Tensor) -> str:
+    def explain(self, x: torch.Tensor, *rest: Any) -> str:
         """One line: every backend and why it cannot run the call."""
-        return "; ".join(f"{backend}: {self.why_not(backend, x) or 'available'}" for backend in BACKENDS)
+        return "; ".join(f"{backend}: {self.why_not(backend, x, *rest) or 'available'}" for backend in BACKENDS)
 
 
 def define(
@@ -152,9 +162,12 @@ def define(
     prefer_triton: tuple[torch.dtype, ...] = (),
     forward: Op | None = None,
     on_cpu: Callable | None = None,
+    cuda_refuses: Callable[..., str] | None = None,
 ) -> Op:
     """Registers an operator: its schema, its definition as the default implementation, and its shape function.
 
+    prefer_triton: the dtypes for which Triton runs where a GPU has both.
+    cuda_refuses: of a call's arguments, why CUDA C++ has no kernel for them; empty if it has.
     on_cpu: the operator as calls of others that are compiled, where ``csrc/cpu`` has no kernel of its own for it.
     """
     name = schema.partition("(")[0]
@@ -164,7 +177,7 @@ def define(
     torch.library.register_fake(f"sentfast::{name}", fake, lib=_LIBRARY)
     if on_cpu is not None:
         _LIBRARY.impl(name, on_cpu, "CPU")
-    op = ops[name] = Op(name, reference, fake, prefer_triton, forward)
+    op = ops[name] = Op(name, reference, fake, prefer_triton, forward, cuda_refuses)
     op.compiled_cpu = on_cpu or op.compiled_cpu
     _LIBRARY.impl(name, lambda *args: op(*args), "CUDA")
     return op
@@ -183,6 +196,7 @@ def result_of(forward: Op, *, compiled: bool = True) -> Op:
         fake=_first(forward.fake),
         prefer_triton=forward.prefer_triton,
         forward=forward,
+        cuda_refuses=forward.cuda_refuses,
         on_cpu=None if compiled else _first(forward.overload),
     )
 

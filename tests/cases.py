@@ -18,6 +18,7 @@ from torch import Tensor
 import sentfast.functional as F
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -163,6 +164,20 @@ def packed_attention_calls(dtype: torch.dtype, device: str, small: bool) -> Iter
         yield Call((torch.stack(call.tensors[:3], dim=1), *call.tensors[3:]), call.options, call.label)
 
 
+def short_attention_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
+    """What csrc/cuda has a kernel for, around its strips of 16 and blocks of 64 and 128; strides take turns."""
+    lengths = [(3, 0, 5), (17,)] if small else [(0, 1, 15, 16, 17), (63, 64, 65), (128, 129), (511,), (2, 512)]
+    turns = itertools.cycle(itertools.product(("apart", "packed", "spaced"), ((2, 32), (1, 64))))
+    for (kinds, bias), (layout, (heads, dim)) in zip(itertools.product(lengths, (False, True)), turns, strict=False):
+        shape = sum(kinds), 3, heads, dim + (layout == "spaced")  # whose rows start off the alignment of a vector
+        parts = vectors(*shape, dtype=dtype, device=device)[..., :dim].unbind(1)
+        tensors = [x.contiguous() if layout == "apart" else x for x in parts]
+        if bias:
+            tensors.append(vectors(heads, 2 * max(kinds) + 1, dtype=dtype, device=device))
+        options = {"cu_seqlens": torch.tensor([0, *kinds]).cumsum(0).int().to(device), "softmax_scale": 0.2}
+        yield Call(tuple(tensors), options, f"{kinds} x {heads} x {dim} bias {bias} {layout}")
+
+
 def norm_calls(dtype: torch.dtype, device: str, small: bool) -> Iterator[Call]:
     """With and without residual, bias and dropout; rows around the blocks of 64 whose sums are made by themselves."""
     shapes = [(2, 3, 9), (5, 16)] if small else [(9,), (5, 15), (2, 3, 17), (65, 8), (130, 64), (3, 384), (2, 1100)]
@@ -295,3 +310,5 @@ CASES = [
     ),
     Case("contrastive_loss", contrastive, contrastive_calls, ("contrastive_loss",), gpu_backends=("triton",)),
 ]
+# Kernels of half precision that give values alone: their gradients are another backend's.
+VALUES = [Case("short_attention", attention, short_attention_calls, ("varlen_attention",))]

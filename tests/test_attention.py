@@ -38,7 +38,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
     "dropout": ((64, 135), 1, 64, {"dropout_p": 0.3, "seed": 2**61 + 12345}),
     "causal": ((33, 129), 1, 20, {"causal": True}),
     "window": ((35, 0, 70), 2, 16, {"window_size": (20, 45), "dropout_p": 0.1, "seed": 3, "stream": 7}),
-    "keys after": ((70,), 1, 128, {"window_size": (-1, 3), "softmax_scale": 0.3}),
+    # With a larger scale than about 1 / sqrt(d) the scores, and with them the error of exp(score - lse), pass the rule.
+    "keys after": ((70,), 1, 128, {"window_size": (-1, 3), "softmax_scale": 0.1}),
 }
 
 
@@ -133,6 +134,65 @@ def test_too_small_max_seqlen_is_seen() -> None:
         out, lse = ops["varlen_attention_forward"](q, q, q, *rest)
         assert out[:64].isnan().all()
         ops["varlen_attention_backward"](q, q, q, q, out.zero_(), lse.zero_(), *rest)
+
+
+CUDA = [b for b in BACKENDS if b.name == "cuda"]
+
+
+@pytest.mark.skipif(not CUDA, reason="no compiled CUDA kernels")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_gradients_after_the_kernel_of_cuda(dtype: torch.dtype) -> None:
+    """Its log-sum-exp is what Triton's gradient needs."""
+    lengths, grad = (130, 0, 65, 300), torch.randn(495, 2, 64, device="cuda")
+    qkv = torch.randn(495, 3, 2, 64, device="cuda").to(dtype)
+    bias = torch.randn(2, 599, device="cuda").to(dtype)
+    ends = lengths_of(*lengths).cuda()
+
+    def gradients(forward: str, backward: str, qkv: Tensor, bias: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (qkv, bias)]
+        with registry.use_backend(forward):
+            out = F.varlen_attention_qkvpacked(leaves[0], ends, bias=leaves[1])
+        with registry.use_backend(backward):
+            return list(torch.autograd.grad(out, leaves, grad.to(out.dtype)))
+
+    exact = gradients("reference", "reference", qkv.double(), bias.double())
+    eager = gradients("reference", "reference", qkv, bias)
+    for got, plain, true in zip(gradients("cuda", "triton", qkv, bias), eager, exact, strict=True):
+        assert_accurate(got, plain, true, size=grad.abs().max().item())
+
+
+@pytest.mark.skipif(not CUDA, reason="no compiled CUDA kernels")
+def test_edges_of_the_kernel_of_cuda() -> None:
+    """A NaN stays in its sequence, a stale length shows itself, and the bits do not depend on the longest sequence."""
+    qkv, ends = torch.randn(200, 3, 2, 32, device="cuda").half(), lengths_of(70, 0, 130).cuda()
+    with registry.use_backend("cuda"):
+        expected = F.varlen_attention_qkvpacked(qkv, ends)
+        for longest in (131, 512):
+            assert torch.equal(F.varlen_attention_qkvpacked(qkv, ends, longest), expected)
+        rest = None, 0.2, -1, -1, 0.0, 0, 0
+        out, _ = ops["varlen_attention_forward"](*qkv.unbind(1), ends, 64, *rest)
+        assert out[:64].isnan().all() and out[70:134].isnan().all()
+        qkv[5, 1] = float("nan")
+        spoiled = F.varlen_attention_qkvpacked(qkv, ends)
+        assert spoiled[:70].isnan().all() and torch.equal(spoiled[70:], expected[70:])
+        assert F.varlen_attention_qkvpacked(qkv[:0], lengths_of(0, 0).cuda()).shape == (0, 2, 32)
+
+
+def test_what_the_kernel_of_cuda_refuses() -> None:
+    """By the arguments alone, so that a call which asks for it fails, and any other goes to Triton."""
+    x, ends = torch.zeros(2, 1, 64, dtype=torch.float16), lengths_of(2)
+    plain = (x, x, x, ends, 512, None, 0.1, -1, -1, 0.0, 0, 0)
+    refuses = ops["varlen_attention"].cuda_refuses
+    assert refuses is not None and refuses(*plain) == ""
+    for place, value, word in (
+        (0, x.float(), "float32"),
+        (0, x[..., :48], "heads"),
+        (4, 513, "tokens"),
+        (7, 3, "window"),
+        (8, 0, "causal"),
+        (9, 0.1, "dropout"),
+    ):
+        assert word in refuses(*plain[:place], value, *plain[place + 1 :])
 
 
 @pytest.mark.skipif(not BACKENDS[0].interpreted, reason="4 GiB that cost nothing only where pages are not touched")

@@ -21,7 +21,7 @@ SHIM = ROOT / "tests" / "cuda_shim"
 RECORD = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 ARCHITECTURES = os.environ.get("SENTFAST_TEST_ARCHS", "80 90a").split()
 ALL_ARCHITECTURES = "80 86 89 90a 100 120"
-SOURCES = ("pooling", "similarity")
+SOURCES = ("pooling", "similarity", "attention")
 
 # Registers and bytes of shared memory by which a kernel may differ from the record.
 REGISTER_TOLERANCE = 8
@@ -62,10 +62,13 @@ def test_kernels_on_the_cpu_under_sanitizers(shim_build: Path) -> None:
         ("overrun", "heap-buffer-overflow"),
         ("shared_overrun", "out of bounds|global-buffer-overflow"),
         ("diverge", "threads wait for one another"),
+        ("late_wait", "wrong at"),
+        ("no_wait", "copies that nobody waits for"),
     ],
 )
 def test_shim_finds_mistakes(shim_build: Path, mistake: str, message: str) -> None:
-    assert run([str(shim_build / "selftest"), "correct"]).returncode == 0
+    for name in ("correct", "correct_copies"):
+        assert run([str(shim_build / "selftest"), name]).returncode == 0
     done = run([str(shim_build / "selftest"), mistake])
     assert done.returncode != 0
     assert re.search(message, done.stdout + done.stderr), done.stdout + done.stderr

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import sentfast
 from sentfast import functional, switch
+from sentfast.encoder import composed as composed_module
 from sentfast.encoder import device, lengths, pack_on_device
 from sentfast.integrations import loaders
 from sentfast.ops import linear
@@ -41,6 +42,21 @@ def test_token_embeddings(model_type: str) -> None:
         assert encoder.precision == "fp32" and result.dtype == eager.dtype
         # Each of the steps has made what came before it of numbers as large as these.
         assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_rotary_and_gate_as_steps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in large batches of long sequences."""
+    made, inputs = encoders.model("modernbert"), encoders.batch(LENGTHS)
+    encoder = composed(made)
+    fused = encoders.run(encoder, inputs)
+    monkeypatch.setattr(composed_module, "fuses_rotary", lambda *args: False)
+    monkeypatch.setattr(composed_module, "fuses_activation", lambda *args: False)
+    sentfast.report(reset=True)
+    torch.testing.assert_close(encoders.run(encoder, inputs), fused, rtol=1e-5, atol=1e-5)
+    names = {name for name, _ in sentfast.report().calls}
+    assert {"rotate_", "gated_activation"} <= names
+    assert not {"rotary_attention", "linear_gated_activation"} & names
 
 
 def half_like(made: Any, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -112,9 +128,10 @@ def steps_ran(code: str = "") -> Any:
     """The operators of the layers and nothing that fell back, or a fallback for this reason alone."""
     report = sentfast.report()
     names = {name for name, _ in report.calls}
+    attention = bool({"varlen_attention", "rotary_attention"} & names)
     if code:
-        return {found for _, found in report.fallbacks} == {code} and "varlen_attention" not in names
-    return {"varlen_attention", "dropout_add_layer_norm"} <= names and "encoder" not in names and not report.fallbacks
+        return {found for _, found in report.fallbacks} == {code} and not attention
+    return attention and "dropout_add_layer_norm" in names and "encoder" not in names and not report.fallbacks
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -327,8 +344,10 @@ def test_triton_interpreted(model_type: str) -> None:
     encoder = composed(made)
     with sentfast.disabled():
         eager, exact = made(**inputs).last_hidden_state[inputs["attention_mask"].bool()], encoders.exact(made, inputs)
-    up = ("gated_activation", "rotate_") if model_type == "modernbert" else ("linear_activation",)
-    with on_triton("varlen_attention", "dropout_add_layer_norm", *up):
+    steps = ("varlen_attention", "linear_activation")
+    if model_type == "modernbert":
+        steps = ("rotary_attention", "linear_gated_activation")
+    with on_triton("dropout_add_layer_norm", *steps):
         result = encoders.run(encoder, inputs)
     assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
     ends = torch.tensor([0, *FEW]).cumsum(0).int()

@@ -63,7 +63,8 @@ def ran_on_kernels() -> bool:
     report = sentfast.report()
     names = {name for name, backend in report.calls if backend in ("cuda", "triton")}
     others = {backend for _, backend in report.calls} - {"cuda", "triton"}
-    return {"varlen_attention", "dropout_add_layer_norm"} <= names and not others and not report.fallbacks
+    attention = {"varlen_attention", "rotary_attention"} & names
+    return bool(attention) and "dropout_add_layer_norm" in names and not others and not report.fallbacks
 
 
 @on_gpu

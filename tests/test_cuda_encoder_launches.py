@@ -119,9 +119,7 @@ def launches_of(launches: Launches, run: Callable[[], Tensor]) -> list[str]:
     return list(launches.names)
 
 
-# Queries and keys are turned, and the activation is gated, which is no part of the up product.
-PER_LAYER = {"modernbert": 7 + 2}
-USUAL = 7
+PER_LAYER = 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -138,18 +136,39 @@ def test_launches_and_devices(model_type: str, dtype: torch.dtype, gpu: Launches
         return len(names), len(parts.layers)
 
     (few, short), (many, deep) = count(), count(**layers)
-    assert (many - few) / (deep - short) <= PER_LAYER.get(model_type, USUAL)
-    assert few - short * PER_LAYER.get(model_type, USUAL) <= 10
+    assert (many - few) / (deep - short) <= PER_LAYER
+    assert few - short * PER_LAYER <= 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_large_batches_in_float32_take_the_product_of_pytorch(dtype: torch.dtype, gpu: Launches) -> None:
-    encoder = Composed(parts_on_gpu("bert", torch.float32), dtype)
+@pytest.mark.parametrize(
+    ("model_type", "together", "apart"),
+    [
+        ("bert", "linear_activation", "bias_activation"),
+        ("modernbert", "linear_gated_activation", "gated_activation"),
+    ],
+)
+def test_large_batches_in_float32_take_the_product_of_pytorch(
+    model_type: str, together: str, apart: str, dtype: torch.dtype, gpu: Launches
+) -> None:
+    encoder = Composed(parts_on_gpu(model_type, torch.float32), dtype)
     for tokens in (2048, 2049):
         names = launches_of(gpu, lambda tokens=tokens: encoder.run_host(host_batch([1] * tokens), MEAN))
         fused = 0 if dtype == torch.float32 and tokens > 2048 else len(encoder._layers)
-        assert names.count("linear_activation") == fused
-        assert names.count("bias_activation") == len(encoder._layers) - fused
+        assert names.count(together) == fused
+        assert names.count(apart) == len(encoder._layers) - fused
+
+
+def test_long_sequences_of_large_batches_are_turned_before_attention(gpu: Launches) -> None:
+    """In the layers that see all of them; in the others, and in small batches, attention turns them."""
+    encoder = Composed(parts_on_gpu("modernbert", torch.float16), torch.float16)
+    layers, local = len(encoder._layers), sum(layer.window >= 0 for layer in encoder._layers)
+    assert 0 < local < layers
+    for text_lengths, apart in (([2048], 0), ([512] * 5, 0), ([513] + [512] * 4, layers - local)):
+        batch = host_batch(text_lengths)
+        names = launches_of(gpu, lambda batch=batch: encoder.run_host(batch, MEAN))
+        assert names.count("rotate_") == names.count("varlen_attention") == apart
+        assert names.count("rotary_attention") == layers - apart
 
 
 def host_batch(text_lengths: list[int]) -> device.HostBatch:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from backends import BACKENDS, Backend
-from cases import CASES, DTYPES, Call, Case
+from cases import CASES, DTYPES, HALF_DTYPES, VALUES, Call, Case
 from torch import Tensor
 
 from sentfast import registry
@@ -45,9 +45,11 @@ def skip_unsupported(backend: Backend, dtype: torch.dtype) -> None:
 
 @every_dtype
 @every_backend
-@every_case
+@pytest.mark.parametrize("case", [*CASES, *VALUES], ids=lambda case: case.name)
 def test_values(case: Case, backend: Backend, dtype: torch.dtype) -> None:
     skip_unsupported(backend, dtype)
+    if case in VALUES and dtype not in HALF_DTYPES:
+        pytest.skip("half precision alone")
     for call in case.calls(dtype, backend.device, backend.interpreted):
         with backend.forced(case.operators[0]):
             result = case.run(call)

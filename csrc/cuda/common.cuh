@@ -164,11 +164,11 @@ __device__ inline V reduce_block(V value, Operation operation) {
 
 template <typename Arguments>
 inline cudaError_t launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y, cudaStream_t stream,
-                          const Arguments& arguments) {
+                          const Arguments& arguments, int threads = kThreads) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(smaller(blocks_x, kGridLimit)),
                         static_cast<unsigned>(smaller(blocks_y, kGridLimitY)), 1);
-  config.blockDim = dim3(kThreads, 1, 1);
+  config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }

@@ -1,8 +1,8 @@
 """The packed encoder on a GPU, without a gradient: PyTorch's matrix products, and our operators between them.
 
 A layer is seven launches: the product for query, key and value, attention, its output product, residual with norm, up
-product with activation, down product, residual with norm. On top come one launch for rotary angles and one for a gate
-where the architecture has them, and one in large batches of float32 (:func:`fuses_activation`).
+product with activation, and gate where there is one, down product, residual with norm. One more in large batches of
+float32 (:func:`fuses_activation`), and one of rotary angles in large batches of long sequences (:func:`fuses_rotary`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sentfast.encoder.device import DeviceBatch, HostBatch, batch_of, send
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.encoder.graphs import CudaCapture, Graphs, captures
 from sentfast.encoder.training import position_bias
-from sentfast.ops.attention import _varlen_attention
+from sentfast.ops.attention import _rotary_attention, _varlen_attention
 from sentfast.ops.layers import (
     _bias_activation,
     _dropout_add_layer_norm,
@@ -28,18 +28,25 @@ from sentfast.ops.layers import (
     _gated_activation,
     _rotate_,
 )
-from sentfast.ops.linear import _linear_activation
+from sentfast.ops.linear import _linear_activation, _linear_gated_activation
 from sentfast.ops.pooling import _pool
 from sentfast.reference import POOLING_MODES, accumulation_dtype
 
 _NO_DROPOUT = (0.0, 0, 0)
-# Of the batches in float32 whose up product is ours, with the activation; see docs/design.md.
-_MOST_FUSED_FLOAT32 = 2048
+# Up to so many tokens, those of CUDA graphs, launches count more than what one of them reads; see docs/design.md.
+_SMALL = 2048
+# Keys that a query sees, at most, where queries and keys are turned by attention.
+_MOST_TURNED = 512
 
 
 def fuses_activation(tokens: int, dtype: torch.dtype) -> bool:
     """Whether up product and activation are one launch of ours, or PyTorch's product and a pass over its result."""
-    return dtype != torch.float32 or tokens <= _MOST_FUSED_FLOAT32
+    return dtype != torch.float32 or tokens <= _SMALL
+
+
+def fuses_rotary(tokens: int, longest: int, window: int) -> bool:
+    """Whether attention turns queries and keys as it loads them, each key once per block of queries that see it."""
+    return tokens <= _SMALL or (longest if window < 0 else 2 * window) <= _MOST_TURNED
 
 
 class Norm(NamedTuple):
@@ -189,20 +196,23 @@ class Composed:
 
     def _attend(self, layer: Layer, batch: DeviceBatch, x: Tensor) -> Tensor:
         qkv = self._product(x, layer.qkv_weight, layer.qkv_bias).view(x.shape[0], 3, self._heads, -1)
-        if self._angles:
-            _rotate_(qkv, batch.position_ids, *self._angles[int(layer.window >= 0)])
-        q, k, v = qkv.unbind(1)
-        scale, window = q.shape[-1] ** -0.5, (layer.window, layer.window)
-        options = (batch.cu_seqlens, batch.longest, self._bias, scale, *window, *_NO_DROPOUT)
-        return self._product(_varlen_attention(q, k, v, *options).flatten(1), layer.output_weight, layer.output_bias)
+        where, options = (batch.cu_seqlens, batch.longest), (qkv.shape[-1] ** -0.5, layer.window, layer.window)
+        turns = (batch.position_ids, *self._angles[int(layer.window >= 0)]) if self._angles else ()
+        if turns and fuses_rotary(x.shape[0], batch.longest, layer.window):
+            y = _rotary_attention(*qkv.unbind(1), *turns, *where, *options)
+        else:
+            if turns:
+                _rotate_(qkv, *turns)
+            y = _varlen_attention(*qkv.unbind(1), *where, self._bias, *options, *_NO_DROPOUT)
+        return self._product(y.flatten(1), layer.output_weight, layer.output_bias)
 
     def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
-        if self._gated:
-            h = _gated_activation(self._product(x, layer.up_weight, None), layer.up_bias, self._activation)
-        elif fuses_activation(x.shape[0], self._compute_dtype):
-            h = _linear_activation(x.to(self._compute_dtype), layer.up_weight, layer.up_bias, self._activation)
+        if fuses_activation(x.shape[0], self._compute_dtype):
+            step = _linear_gated_activation if self._gated else _linear_activation
+            h = step(x.to(self._compute_dtype), layer.up_weight, layer.up_bias, self._activation)
         else:
-            h = _bias_activation(self._product(x, layer.up_weight, None), layer.up_bias, self._activation)
+            step = _gated_activation if self._gated else _bias_activation
+            h = step(self._product(x, layer.up_weight, None), layer.up_bias, self._activation)
         return self._product(h, layer.down_weight, layer.down_bias)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from sentfast import reference
 from sentfast.ops import checks
 from sentfast.ops.seeds import check_dropout, seed_of
 from sentfast.reference import accumulation_dtype
-from sentfast.registry import define, result_of
+from sentfast.registry import KERNEL_DTYPES, define, result_of
 
 
 def _forward_fake(q, k, v, cu_seqlens, max_seqlen, bias, softmax_scale, left, right, dropout_p, seed, stream):
@@ -27,6 +27,15 @@ def _backward_fake(
     return q.new_empty(tokens, 3, heads, head_dim), lse.new_empty((0, 0) if bias is None else bias.shape)
 
 
+def _cuda_refuses(q, k, v, cu_seqlens, max_seqlen, bias, softmax_scale, left, right, dropout_p, seed, stream) -> str:
+    """csrc/cuda/attention.cuh is for what encoders of short texts do in half precision."""
+    if q.dtype == torch.float32 or q.shape[-1] not in (32, 64):
+        return f"made for heads of 32 and 64 in bfloat16 and float16, not for {q.shape[-1]} in {q.dtype}"
+    if max_seqlen > 512:
+        return f"made for up to 512 tokens, not for {max_seqlen}"
+    return "made for no dropout, no window and no causal mask" if dropout_p or left >= 0 or right >= 0 else ""
+
+
 _OPTIONS = (
     "Tensor cu_seqlens, int max_seqlen, Tensor? bias, float softmax_scale, int left, int right, float dropout_p,"
     " int seed, int stream"
@@ -35,6 +44,8 @@ _varlen_attention_forward = define(
     f"varlen_attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=reference.varlen_attention_forward,
     fake=_forward_fake,
+    prefer_triton=KERNEL_DTYPES,  # until a measurement says otherwise; see docs/design.md
+    cuda_refuses=_cuda_refuses,
 )
 _varlen_attention = result_of(_varlen_attention_forward)
 _varlen_attention_backward = define(
@@ -42,6 +53,15 @@ _varlen_attention_backward = define(
     " -> (Tensor, Tensor)",
     reference=reference.varlen_attention_backward,
     fake=_backward_fake,
+)
+
+
+# Without a gradient, for the encoder on a GPU.
+_rotary_attention = define(
+    "rotary_attention(Tensor q, Tensor k, Tensor v, Tensor position_ids, Tensor cosines, Tensor sines,"
+    " Tensor cu_seqlens, int max_seqlen, float softmax_scale, int left, int right) -> Tensor",
+    reference=reference.rotary_attention,
+    fake=lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )
 
 

@@ -41,6 +41,14 @@ _linear_activation = define(
 )
 
 
+# Without a gradient, for the encoder on a GPU.
+_linear_gated_activation = define(
+    "linear_gated_activation(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
+    reference=reference.linear_gated_activation,
+    fake=lambda x, weight, bias, activation: x.new_empty(x.shape[0], weight.shape[0] // 2),
+)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias):

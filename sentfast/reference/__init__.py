@@ -5,7 +5,7 @@ accumulate in float32; every other dtype accumulates in itself, so float64 stays
 This package imports nothing from the others.
 """
 
-from sentfast.reference.attention import varlen_attention_backward, varlen_attention_forward
+from sentfast.reference.attention import rotary_attention, varlen_attention_backward, varlen_attention_forward
 from sentfast.reference.encoder import PANEL, Embedding, Layer, encoder, pack_panels, unpack_panels
 from sentfast.reference.layers import (
     ACTIVATIONS,
@@ -15,6 +15,7 @@ from sentfast.reference.layers import (
     dropout_add_layer_norm_forward,
     gated_activation,
     linear_activation,
+    linear_gated_activation,
     product,
     rotate_,
 )
@@ -82,12 +83,14 @@ __all__ = [
     "l2_normalize_backward",
     "l2_normalize_forward",
     "linear_activation",
+    "linear_gated_activation",
     "pack_panels",
     "pairwise_similarity_backward",
     "pairwise_similarity_forward",
     "pool_backward",
     "pool_forward",
     "product",
+    "rotary_attention",
     "rotate_",
     "unpack_panels",
     "varlen_attention_backward",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sentfast.reference.layers import rotated
 from sentfast.reference.precision import accumulation_dtype
 from sentfast.reference.random import kept, scale
 
@@ -88,6 +89,28 @@ def varlen_attention_forward(
         out[start:end] = torch.einsum("hij,jhd->ihd", weights, v[start:end].to(acc)).to(q.dtype)
         lse[:, start:end] = scores.logsumexp(dim=-1)
     return out, lse
+
+
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_ids: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    left: int,
+    right: int,
+) -> Tensor:
+    """Attention of queries and keys that are first turned by the angles of their token's position and rounded.
+
+    position_ids: integers [T]; cosines, sines: [P, d / 2]; the rest as in :func:`varlen_attention_forward`.
+    """
+    q, k = (rotated(x, position_ids, cosines, sines) for x in (q, k))
+    options = (cu_seqlens, max_seqlen, None, softmax_scale, left, right, 0.0, 0, 0)
+    return varlen_attention_forward(q, k, v, *options)[0]
 
 
 def varlen_attention_backward(

@@ -84,6 +84,12 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     return bias_activation(x.to(acc) @ weight.to(acc).t(), bias, activation).to(x.dtype)
 
 
+def linear_gated_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    """gated_activation(x weight^T, bias): [T, K], [2 N, K] and [2 N] -> [T, N]; half numbers are rounded once."""
+    acc = accumulation_dtype(x.dtype)
+    return gated_activation(x.to(acc) @ weight.to(acc).t(), bias, activation).to(x.dtype)
+
+
 def bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """activation(x + bias)."""
     return ACTIVATION_FUNCTIONS[activation](_shifted(x, bias)).to(x.dtype).contiguous()
@@ -102,10 +108,16 @@ def rotate_(qkv: Tensor, position_ids: Tensor, cosines: Tensor, sines: Tensor) -
     cosines, sines: [P, d / 2].
     """
     turned = qkv.narrow(1, 0, 2)
-    acc = accumulation_dtype(qkv.dtype)
-    real, imaginary = turned.to(acc).chunk(2, dim=-1)
-    c, s = (x.index_select(0, position_ids)[:, None, None].to(acc) for x in (cosines, sines))
-    turned.copy_(torch.cat([real * c - imaginary * s, imaginary * c + real * s], dim=-1))
+    turned.copy_(rotated(turned, position_ids, cosines, sines))
+
+
+def rotated(x: Tensor, position_ids: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x [T, ..., d] turned by the angles of its tokens' positions; the rest as for :func:`rotate_`."""
+    acc = accumulation_dtype(x.dtype)
+    real, imaginary = x.to(acc).chunk(2, dim=-1)
+    shape = (x.shape[0], *[1] * (x.ndim - 2), cosines.shape[1])
+    c, s = (angles.index_select(0, position_ids).to(acc).view(shape) for angles in (cosines, sines))
+    return torch.cat([real * c - imaginary * s, imaginary * c + real * s], dim=-1).to(x.dtype)
 
 
 def bias_activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, activation: int) -> tuple[Tensor, Tensor]:

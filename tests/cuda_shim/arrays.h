@@ -159,5 +159,6 @@ void test_conversions();
 void test_pooling();
 void test_similarity();
 void test_matrix();
+void test_attention();
 
 }  // namespace driver

@@ -36,6 +36,7 @@ int main() {
   driver::test_similarity();
   driver::test_matrix();
   driver::test_pooling();
+  driver::test_attention();
   const cuda_shim::Counts& counts = cuda_shim::counts;
   printf("%lld cases, %lld launches, %lld blocks, %lld switches, %lld checks, %lld failures\n",
          static_cast<long long>(driver::cases), static_cast<long long>(counts.launches),

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -37,6 +38,20 @@ struct Meeting {
   }
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  bool used;
+
+  void run() const {
+    if (used) {
+      memcpy(to, from, 16);
+    } else {
+      memset(to, 0, 16);
+    }
+  }
+};
+
 struct Fibre {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStackBytes);
@@ -46,13 +61,14 @@ struct Fibre {
   uint64_t generation = 0;
   // Which of the two sets of mailboxes the next shuffle uses.
   int parity = 0;
+  std::vector<Copy> copies;
 
   bool ready() const { return !done && (waits_for == nullptr || waits_for->generation != generation); }
 };
 
 struct Warp {
   Meeting meeting;
-  uint64_t mail[2][kWarpSize];
+  alignas(16) char mail[2][kWarpSize * kMailBytes];
 };
 
 struct Block {
@@ -88,9 +104,15 @@ void enter_fibre(int number) {
   __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
 }
 
+void fail(const char* what) {
+  fprintf(stderr, "cuda_shim: %s in block (%u, %u), thread %d\n", what, blockIdx.x, blockIdx.y, block.current);
+  abort();
+}
+
 void fibre_main() {
   __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_bytes);
   (*block.body)();
+  if (!block.fibres[block.current].copies.empty()) fail("copies that nobody waits for");
   block.fibres[block.current].done = true;
   leave_fibre(true);
 }
@@ -101,11 +123,6 @@ void wait(Meeting& meeting) {
   fibre.generation = meeting.generation;
   meeting.arrive();
   leave_fibre(false);
-}
-
-void fail(const char* what) {
-  fprintf(stderr, "cuda_shim: %s in block (%u, %u), thread %d\n", what, blockIdx.x, blockIdx.y, block.current);
-  abort();
 }
 
 void start_block(int threads) {
@@ -169,16 +186,39 @@ void block_barrier() { wait(block.barrier); }
 
 int lane_number() { return block.current % kWarpSize; }
 
-uint64_t exchange(unsigned mask, uint64_t mine, int lane) {
-  if (mask != 0xffffffffu) fail("a shuffle without the whole warp");
+void warp_barrier() { wait(block.warps[block.current / kWarpSize].meeting); }
+
+void exchange(unsigned mask, const void* mine, void* all, size_t bytes) {
+  if (mask != kWholeWarp) fail("a shuffle without the whole warp");
   Fibre& fibre = block.fibres[block.current];
   Warp& warp = block.warps[block.current / kWarpSize];
   // Two sets in turn: nobody writes one before all have read it.
-  uint64_t (&mail)[kWarpSize] = warp.mail[fibre.parity];
+  char* mail = warp.mail[fibre.parity];
   fibre.parity = 1 - fibre.parity;
-  mail[lane_number()] = mine;
+  memcpy(mail + lane_number() * bytes, mine, bytes);
   wait(warp.meeting);
-  return mail[lane];
+  memcpy(all, mail, kWarpSize * bytes);
+}
+
+void check_aligned(const void* pointer) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) fail("a vector off its alignment");
+}
+
+void copy_later(void* to, const void* from, bool used) {
+  check_aligned(to);
+  check_aligned(from);
+  const Copy copy{to, from, used};
+  if (random_order() % 2 == 0) {
+    copy.run();
+  } else {
+    block.fibres[block.current].copies.push_back(copy);
+  }
+}
+
+void copy_now() {
+  std::vector<Copy>& copies = block.fibres[block.current].copies;
+  for (const Copy& copy : copies) copy.run();
+  copies.clear();
 }
 
 }  // namespace cuda_shim

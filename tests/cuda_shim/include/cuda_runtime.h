@@ -44,9 +44,16 @@ struct Index {
 // Runs `body` once per thread of every block.
 void run(const cudaLaunchConfig_t& config, const std::function<void()>& body);
 void block_barrier();
-// Leaves 8 bytes for the other lanes of the warp and returns those of `lane`.
-uint64_t exchange(unsigned mask, uint64_t mine, int lane);
 int lane_number();
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr size_t kMailBytes = 64;
+// Leaves up to kMailBytes for the other lanes of the warp and copies what each of the 32 has left, one after the other.
+void exchange(unsigned mask, const void* mine, void* all, size_t bytes);
+void warp_barrier();
+// A copy of 16 bytes, or of zeros, that runs by itself: at once or when the thread waits for it, as it happens.
+void copy_later(void* to, const void* from, bool used);
+void copy_now();
+void check_aligned(const void* pointer);
 
 struct Counts {
   int64_t launches, blocks, switches;
@@ -55,12 +62,15 @@ extern Counts counts;
 
 template <typename V>
 V shuffle(unsigned mask, V value, int lane) {
-  static_assert(sizeof(V) <= 8);
-  uint64_t bits = 0;
-  memcpy(&bits, &value, sizeof(V));
-  bits = exchange(mask, bits, lane);
-  memcpy(&value, &bits, sizeof(V));
-  return value;
+  V all[32];
+  exchange(mask, &value, all, sizeof(V));
+  return all[lane];
+}
+
+template <typename V>
+void gather(const V& mine, V (&all)[32]) {
+  static_assert(sizeof(V) <= kMailBytes);
+  exchange(kWholeWarp, &mine, all, sizeof(V));
 }
 
 }  // namespace cuda_shim
@@ -69,6 +79,7 @@ extern cuda_shim::Index threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 inline void __syncthreads() { cuda_shim::block_barrier(); }
+inline void __syncwarp() { cuda_shim::warp_barrier(); }
 
 template <typename V>
 V __shfl_xor_sync(unsigned mask, V value, int lanes) {
