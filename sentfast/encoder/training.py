@@ -17,7 +17,7 @@ from torch.nn.functional import embedding
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.attention import varlen_attention_qkvpacked
 from sentfast.ops.layers import Normed, bias_activation, dropout, normed
-from sentfast.ops.linear import activation_linear, linear, norm_linear
+from sentfast.ops.linear import activation_linear, norm_linear
 from sentfast.reference import ACTIVATIONS
 
 # Uses of one seed in a layer; the embeddings' comes before those of the first.
@@ -76,7 +76,7 @@ def _embed(parts: Parts, input_ids: Tensor, token_type_ids: Tensor | None, posit
     if parts.positions is not None:
         x = x + _look_up(parts.positions, position_ids)
     x = dropout(_norm(parts.embedding_norm, x).output, rate(parts.embedding_dropout), seed=seed, stream=0)
-    return x if parts.projection is None else linear(x, parts.projection.weight, parts.projection.bias)
+    return x if parts.projection is None else _linear(parts.projection, Normed(x))
 
 
 def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _layer(batch: _Batch, index: int, x: Normed) -> Normed:
 def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
     parts = batch.parts
     layer, heads = parts.layers[index], parts.heads
-    qkv = norm_linear(x, *_side_by_side(layer)).unflatten(1, (3, heads, -1))
+    qkv = _query_key_value(layer, x).unflatten(1, (3, heads, -1))
     window = parts.windows[index] if parts.windows else -1
     if batch.angles:
         cosines, sines = batch.angles[int(window >= 0)]
@@ -141,7 +141,18 @@ def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
         seed=batch.seed,
         stream=_stream(index, _ATTENTION),
     )
-    return linear(context.flatten(1), layer.output.weight, layer.output.bias)
+    return _linear(layer.output, Normed(context.flatten(1)))
+
+
+def _linear(module: nn.Module, x: Normed) -> Tensor:
+    """Of a plain layer, or of one with adapters, which runs its own code."""
+    return norm_linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x.output)
+
+
+def _query_key_value(layer: LayerParts, x: Normed) -> Tensor:
+    if all(type(module) is nn.Linear for module in layer.qkv):
+        return norm_linear(x, *_side_by_side(layer))
+    return torch.cat([_linear(module, x) for module in layer.qkv], dim=1)
 
 
 def _side_by_side(layer: LayerParts) -> tuple[Tensor, Tensor | None]:
@@ -163,13 +174,15 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 def _feed_forward(batch: _Batch, index: int, x: Normed) -> Tensor:
     parts = batch.parts
     layer, activation = parts.layers[index], ACTIVATIONS[parts.activation]
-    if not parts.architecture.gated:
+    if parts.architecture.gated:
+        y, gate = _linear(layer.up, x).chunk(2, dim=-1)
+        y = bias_activation(y, None, activation) * gate
+        y = dropout(y, rate(layer.dropouts.gate), seed=batch.seed, stream=_stream(index, _GATE))
+        return _linear(layer.down, Normed(y))
+    if type(layer.up) is type(layer.down) is nn.Linear:
         h = norm_linear(x, layer.up.weight)
         return activation_linear(h, layer.up.bias, activation, layer.down.weight, layer.down.bias)
-    y, gate = norm_linear(x, layer.up.weight, layer.up.bias).chunk(2, dim=-1)
-    y = bias_activation(y, None, activation) * gate
-    y = dropout(y, rate(layer.dropouts.gate), seed=batch.seed, stream=_stream(index, _GATE))
-    return linear(y, layer.down.weight, layer.down.bias)
+    return _linear(layer.down, Normed(bias_activation(_linear(layer.up, x), None, activation)))
 
 
 def rate(module: nn.Module | None) -> float:
