@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from backends import BACKENDS, Backend
@@ -150,6 +153,25 @@ def test_bfloat16_rows_an_odd_distance_apart(backend: Backend) -> None:
         a, b = wide[:9, :16], wide[9:, :16]
         with backend.forced("dot_similarity"):
             torch.testing.assert_close(F.dot_similarity(a, b), a.float() @ b.float().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
+def test_large_results_are_tensors_like_all_others(tmp_path: Path) -> None:
+    """Though their memory is not PyTorch's: aligned, saved, shared between processes, outliving the tensor, freed."""
+    x = torch.randn(2000, 300)
+    result = F.l2_normalize(x)
+    assert result.data_ptr() % 64 == 0
+    torch.save(result, tmp_path / "result.pt")
+    copies = torch.load(tmp_path / "result.pt"), F.l2_normalize(x).share_memory_(), F.l2_normalize(x)[1:].clone()
+    assert torch.equal(copies[0], result) and torch.equal(copies[1], result) and torch.equal(copies[2], result[1:])
+    array = F.l2_normalize(x).numpy()
+    assert (array == result.numpy()).all()
+    resident = [0, 0]
+    for i in range(2):
+        for _ in range(100):
+            F.l2_normalize(x)  # 2.4 MB
+        resident[i] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert resident[1] - resident[0] < 100 << 20
 
 
 @pytest.mark.skipif(not native.cpu_loaded() or BACKENDS[0].interpreted, reason="about the compiled CPU kernels")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -11,7 +13,8 @@ from torch import Tensor
 import sentfast
 import sentfast.functional as F
 from sentfast import native, registry
-from sentfast.ops.linear import _product, activation_linear
+from sentfast.ops.layers import normed
+from sentfast.ops.linear import _product, activation_linear, norm_linear
 
 # Around the panels of 64 columns, the parts of 256 steps, the blocks of 192 rows, strips and vectors.
 SIZES = [(1, 1, 1), (7, 5, 9), (6, 64, 256), (13, 65, 257), (200, 130, 300), (385, 17, 64), (3, 200, 700)]
@@ -59,26 +62,47 @@ def test_gradients(backend: Backend) -> None:
             assert_accurate(got, plain, true, size=max(rows, columns) ** 0.5)
 
 
+def assert_same_with_less_kept(backend: Backend, apart: Callable, together: Callable, tensors: list[Tensor]) -> None:
+    """The gradients of two functions one after the other, to the bit."""
+    found = []
+    for function in (apart, together):
+        leaves, kept = [x.clone().requires_grad_() for x in tensors], {}
+        counted = torch.autograd.graph.saved_tensors_hooks(lambda x, k=kept: k.setdefault(x.data_ptr(), x), lambda x: x)
+        with counted, backend.forced("product"):
+            result = function(*leaves)
+            memory = sum(x.numel() for x in kept.values())
+            found.append((result, *torch.autograd.grad(result.square().sum(), leaves), memory))
+    assert all(torch.equal(one, other) for one, other in zip(found[0][:-1], found[1][:-1], strict=True))
+    assert found[1][-1] < found[0][-1]
+
+
 @on_every_isa
 def test_linear_of_an_activation(backend: Backend) -> None:
-    """The gradients of the two functions one after the other, and less kept for them."""
-    tensors = [torch.randn(shape) for shape in ((13, 70), (70,), (9, 70), (9,))]
-
     def apart(x: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(F.bias_activation(x, x_bias, "gelu"), weight, bias)
 
     def together(x: Tensor, x_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return activation_linear(x, x_bias, "gelu", weight, bias)
 
-    found = []
-    for function in (apart, together):
-        leaves, kept = [x.clone().requires_grad_() for x in tensors], []
-        counted = torch.autograd.graph.saved_tensors_hooks(lambda x, k=kept: k.append(x.numel()) or x, lambda x: x)
-        with counted, backend.forced("product"):
-            result = function(*leaves)
-            found.append((result, *torch.autograd.grad(result.square().sum(), leaves), sum(kept)))
-    assert all(torch.equal(one, other) for one, other in zip(found[0][:-1], found[1][:-1], strict=True))
-    assert found[1][-1] < found[0][-1]
+    tensors = [torch.randn(shape) for shape in ((13, 70), (70,), (9, 70), (9,))]
+    assert_same_with_less_kept(backend, apart, together, tensors)
+
+
+@on_every_isa
+def test_linear_of_a_norm(backend: Backend) -> None:
+    """Whose output goes on as a residual too."""
+    options = dict(dropout_p=0.3, seed=int(torch.randint(1000, ())))
+
+    def apart(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.dropout_add_layer_norm(x, residual, scale, shift, 1e-5, **options)
+        return torch.cat([F.linear(y, weight, bias), y], dim=1)
+
+    def together(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = normed(x, residual, scale, shift, 1e-5, **options)
+        return torch.cat([norm_linear(y, weight, bias), y.output], dim=1)
+
+    tensors = [torch.randn(shape) for shape in ((13, 70), (13, 70), (70,), (70,), (9, 70), (9,))]
+    assert_same_with_less_kept(backend, apart, together, tensors)
 
 
 @pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")

@@ -182,24 +182,103 @@ def test_checkpoints_keep_less() -> None:
     assert kept() < whole / 2
 
 
+def assert_drops_as_stock(model: nn.Module, what: str) -> None:
+    """Mean and spread of the token embeddings of many copies of two texts."""
+    copies, (first, second) = 400, (4, 2)
+    inputs = {name: x.repeat(copies, 1) for name, x in encoders.batch([first, second]).items()}
+    used = inputs["attention_mask"].bool()
+    ours = model(**inputs)[0][used].detach().double().view(copies, first + second, -1)
+    stock = encoders.stock(model, **inputs)[0][used].detach().double().view(copies, first + second, -1)
+    assert ours.std(dim=0).max() > 0.01, what
+    error = ((ours.var(dim=0) + stock.var(dim=0)) / copies).sqrt()
+    assert ((ours.mean(dim=0) - stock.mean(dim=0)).abs() / error).max() < 6, what
+    spread = ours.std(dim=0).mean() / stock.std(dim=0).mean()
+    assert 0.9 < spread < 1.1, f"{what}: {spread}"
+
+
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
 def test_every_dropout_drops_as_in_transformers(model_type: str) -> None:
-    """One rate at a time: mean and spread of the token embeddings of many copies of two texts."""
-    known, copies, (first, second) = vars(encoders.config(model_type)), 400, (4, 2)
-    two = encoders.batch([first, second])
-    inputs = {name: x.repeat(copies, 1) for name, x in two.items()}
-    used = inputs["attention_mask"].bool()
+    """One rate at a time."""
+    known = vars(encoders.config(model_type))
     for name in (name for name in RATES if name in known):
         others = {other: 0.0 for other in RATES if other in known and other != name}
         model = sentfast.accelerate(encoders.model(model_type, **others, **{name: 0.3}).train())
         with torch.no_grad():
-            ours = model(**inputs)[0][used].double().view(copies, first + second, -1)
-            stock = encoders.stock(model, **inputs)[0][used].double().view(copies, first + second, -1)
-        assert ours.std(dim=0).max() > 0.01, name
-        error = ((ours.var(dim=0) + stock.var(dim=0)) / copies).sqrt()
-        assert ((ours.mean(dim=0) - stock.mean(dim=0)).abs() / error).max() < 6, name
-        spread = ours.std(dim=0).mean() / stock.std(dim=0).mean()
-        assert 0.9 < spread < 1.1, f"{name}: {spread}"
+            assert_drops_as_stock(model, name)
+
+
+SOME, EVERY = ["query", "value"], ["query", "key", "value", "dense"]
+ADAPTED = {
+    "some": ("bert", SOME),
+    "every": ("bert", EVERY),
+    "mpnet": ("mpnet", ["q", "k", "v", "dense"]),
+    "gated": ("modernbert", ["Wqkv", "Wo", "Wi"]),
+    "projection": ("electra", ["embeddings_project", "key"]),
+}
+
+
+def with_adapters(model_type: str, targets: list[str], p: float = 0.0) -> nn.Module:
+    """LoRA of PEFT with weights that change something; the embeddings learn too."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = trained(model_type)
+    options = dict(r=4, lora_alpha=8, lora_dropout=p, init_lora_weights=False)
+    model.add_adapter(peft.LoraConfig(target_modules=targets, **options))
+    model.get_input_embeddings().requires_grad_(True)
+    return model.train()
+
+
+def assert_gradients_as_stock(model: nn.Module) -> None:
+    inputs, weights = encoders.batch(LENGTHS), torch.randn(sum(LENGTHS), 32)
+    with packed():
+        result, got = gradients(model, inputs, weights)
+    with sentfast.disabled():
+        eager, plain = gradients(model, inputs, weights)
+        exact, true = exact_gradients(model, inputs, weights)
+    assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
+    assert_gradients(got, plain, true)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters(name: str) -> None:
+    model = with_adapters(*ADAPTED[name])
+    assert_gradients_as_stock(model)
+    assert any("lora_A" in parameter and x.grad.any() for parameter, x in model.named_parameters() if x.requires_grad)
+
+
+def test_adapters_switched_off_and_merged() -> None:
+    model = with_adapters("bert", SOME)
+    inputs = encoders.batch(LENGTHS)
+    used = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        first = encoders.stock(model, **inputs)[0][used]
+    model.disable_adapters()
+    model.get_input_embeddings().requires_grad_(True)
+    assert_gradients_as_stock(model)
+    model.enable_adapters()
+    for module in model.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    assert_gradients_as_stock(model)
+    torch.testing.assert_close(model(**inputs)[0][used], first, rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_drop_as_in_transformers() -> None:
+    assert_drops_as_stock(with_adapters("bert", EVERY, p=0.3), "lora_dropout")
+
+
+def test_adapters_that_do_more_go_to_the_original() -> None:
+    """Evaluation, where the adapters' matrices are no part of the packed ones, other code, and a variant of LoRA."""
+    model, inputs = with_adapters("bert", SOME), encoders.batch(LENGTHS)
+    with torch.no_grad(), encoders.ran("BertModel.forward", "SF108"):
+        model.eval()(**inputs)
+    model.encoder.layer[0].attention.self.query.forward = lambda x: x
+    with encoders.ran("BertModel.forward", "SF108"):
+        model.train()(**inputs)
+    peft = pytest.importorskip("peft")
+    model = trained("bert")
+    model.add_adapter(peft.LoraConfig(target_modules=SOME, r=4, use_dora=True))
+    with encoders.ran("BertModel.forward", "SF108"):
+        model.train()(**inputs)[0].sum().backward()
 
 
 def test_frozen_parameters_get_no_gradient() -> None:

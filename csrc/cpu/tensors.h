@@ -15,6 +15,12 @@
 
 #include "isa.h"
 
+// Of PyTorch 2.11 and later.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+
 namespace sentfast::cpu {
 
 using torch::headeronly::ScalarType;
@@ -22,6 +28,9 @@ using torch::stable::Tensor;
 
 // The pages of a new tensor this large are asked for in 2 MiB pieces.
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
+// A new tensor this large takes a block of memory of its own; PyTorch aligns its tensors alike.
+constexpr int64_t kOwnBytes = int64_t{1} << 20;
+constexpr int64_t kAlignment = 64;
 
 inline Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
@@ -49,6 +58,45 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+inline int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Long:
+    case ScalarType::Double:
+      return 8;
+    default:
+      STD_TORCH_CHECK(false, "no results of dtype number ", static_cast<int>(dtype));
+  }
+}
+
+// Memory of a plain malloc where it is worth it, else PyTorch's. PyTorch asks for aligned blocks, from which glibc cuts
+// off the ends; small objects settle in them, and the block, once free, is too small for the next of the same size. A
+// step of training then takes new memory for what it has just freed.
+inline AtenTensorHandle empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t bytes,
+                              ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  const auto type = static_cast<int32_t>(dtype);
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  if (bytes < kOwnBytes || torch_from_blob == nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, type, cpu, -1, &handle));
+    return handle;
+  }
+  void* block = std::malloc(static_cast<size_t>(bytes + kAlignment));
+  STD_TORCH_CHECK(block != nullptr, "no memory for ", bytes, " bytes");
+  const uintptr_t data = (reinterpret_cast<uintptr_t>(block) + kAlignment - 1) / kAlignment * kAlignment;
+  const auto release = [](void*, void* owned) { std::free(owned); };
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(reinterpret_cast<void*>(data), dims, sizes, strides, 0, type, cpu, -1,
+                                                &handle, aoti_torch_layout_strided(), nullptr, 0, release, block));
+  return handle;
+}
+
 // A new contiguous CPU tensor, not initialised.
 inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   constexpr int64_t most = 64;  // PyTorch's own limit
@@ -58,11 +106,8 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype) {
     strides[i] = numel;
     numel *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  const int64_t bytes = numel * (dtype == ScalarType::Float || dtype == ScalarType::Int ? 4 : 2);
+  const int64_t bytes = numel * element_bytes(dtype);
+  Tensor result(empty(dims, sizes, strides, bytes, dtype));
   if (bytes >= kLargeBytes) advise_huge_pages(result.mutable_data_ptr(), bytes);
   // The tests ask for tensors full of NaN, so that an element that a kernel forgets is seen.
   static const bool fill = std::getenv("SENTFAST_TEST_FILL") != nullptr;

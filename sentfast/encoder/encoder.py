@@ -222,6 +222,8 @@ def encoder_or_parts(
         entry = _renewed(model)
     if isinstance(entry.found, Refusal):
         return entry.found.code
+    if entry.found.adapted:
+        return "SF108"
     kind = entry.found.device.type
     reason = guards.device(kind)
     if reason:
@@ -314,6 +316,8 @@ def refusal_of(model: nn.Module) -> Refusal | None:
     found = _renewed(model).found
     if isinstance(found, Refusal):
         return found
+    if found.adapted:
+        return Refusal("SF108", "LoRA adapters, with which only training is packed")
     own = vars(model)
     implementation = vars(own["config"]).get("_attn_implementation_internal")
     if implementation not in ATTENTION_IMPLEMENTATIONS:

@@ -81,6 +81,7 @@ class Parts:
     """A covered model taken apart. Holds parts of the model, never the model itself.
 
     Attributes:
+        adapted: some of the linear layers have LoRA adapters, and are called as modules.
         activation: index in ``reference.ACTIVATIONS``.
         windows: per layer the largest distance of a key, -1 for any; empty if that holds in every layer.
         padding_idx: the token id that does not count as a position, None if all do.
@@ -92,6 +93,7 @@ class Parts:
     """
 
     architecture: Architecture
+    adapted: bool
     words: nn.Embedding
     positions: nn.Embedding | None
     token_types: nn.Embedding | None
@@ -145,6 +147,14 @@ def inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from child.named_modules(prefix=name)
 
 
+def adapted(module: nn.Module) -> bool:
+    """A linear layer with LoRA adapters, none of a variant, under PEFT's own code: it treats every row by itself."""
+    lora = sys.modules.get("peft.tuners.lora.layer")
+    if lora is None or type(module) is not lora.Linear or getattr(module, "lora_variant", None) != {}:
+        return False
+    return "forward" not in vars(module) and lora.Linear.forward.__module__ == lora.__name__
+
+
 def foreign(function: Any) -> bool:
     """Whether code of neither transformers nor PyTorch nor us takes part in a method."""
     while function is not None:
@@ -186,8 +196,11 @@ def _check_parameters(model: nn.Module) -> None:
 def _check_modules(model: nn.Module, architecture: Architecture) -> None:
     defined_in = (architecture.module, *_ACTIVATION_MODULES)
     classes = set()
+    adapters = tuple(f"{path}." for path, module in inner_modules(model) if adapted(module))
     for path, module in inner_modules(model):
         cls = type(module)
+        if adapted(module) or path.startswith(adapters):
+            continue  # called as it is
         if any(base.__module__.startswith("torch.distributed") for base in cls.__mro__):
             raise _RefusalError("SF114", f"{path} is a {cls.__name__}")
         if cls not in _PLAIN and cls.__module__ not in defined_in:
@@ -235,11 +248,12 @@ class _Reader:
 
     def _plain(self, root: Any, path: str, cls: type, shape: tuple[int, ...] | None) -> Any:
         module: Any = attrgetter(path)(root)
-        found: type = type(module)
+        plain = module.base_layer if adapted(module) else module
+        found: type = type(plain)
         if found is not cls:
             raise _RefusalError("SF108", f"{path} is a {found.__module__}.{found.__name__}")
-        if module.weight is None or (shape is not None and tuple(module.weight.shape) != shape):
-            got = "no weight" if module.weight is None else f"shape {list(module.weight.shape)}"
+        if plain.weight is None or (shape is not None and tuple(plain.weight.shape) != shape):
+            got = "no weight" if plain.weight is None else f"shape {list(plain.weight.shape)}"
             raise _RefusalError("SF125", f"{path} has {got}, expected shape {list(shape or ())}")
         self.seen.update(id(parameter) for parameter in module.parameters())
         return module
@@ -276,6 +290,7 @@ def _take_apart(model: nn.Module, architecture: Architecture) -> Parts:
     padding_idx = attrgetter(architecture.padding_idx)(model) if architecture.padding_idx else None
     return Parts(
         architecture=architecture,
+        adapted=any(adapted(module) for _, module in inner_modules(model)),
         words=words,
         positions=positions,
         token_types=token_types,

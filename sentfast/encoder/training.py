@@ -16,8 +16,8 @@ from torch.nn.functional import embedding
 
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.attention import varlen_attention_qkvpacked
-from sentfast.ops.layers import bias_activation, dropout, dropout_add_layer_norm
-from sentfast.ops.linear import activation_linear, linear
+from sentfast.ops.layers import Normed, bias_activation, dropout, normed
+from sentfast.ops.linear import activation_linear, norm_linear
 from sentfast.reference import ACTIVATIONS
 
 # Uses of one seed in a layer; the embeddings' comes before those of the first.
@@ -54,15 +54,18 @@ def token_embeddings(
     # for a GPU, which nobody has to wait for then.
     seed = int(torch.randint(2**63 - 1, ()))
     batch = _Batch(parts, cu_seqlens, longest, seed, position_bias(parts, longest), _angles(parts, position_ids))
-    x = _embed(parts, input_ids, token_type_ids, position_ids, seed)
+    x = Normed(_embed(parts, input_ids, token_type_ids, position_ids, seed))
     for i, layer in enumerate(parts.layers):
-        step = functools.partial(_layer, batch, i)
         if getattr(layer.module, "gradient_checkpointing", False) and layer.module.training:
             run: Callable = vars(layer.module)["_gradient_checkpointing_func"]  # as transformers was told to checkpoint
-            x = run(step, x)
+            x = Normed(run(functools.partial(_checkpointed, batch, i), x.output))
         else:
-            x = step(x)
-    return _norm(parts.final_norm, x)
+            x = _layer(batch, i, x)
+    return _norm(parts.final_norm, x.output).output
+
+
+def _checkpointed(batch: _Batch, index: int, x: Tensor) -> Tensor:
+    return _layer(batch, index, Normed(x)).output
 
 
 def _embed(parts: Parts, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: int) -> Tensor:
@@ -72,8 +75,8 @@ def _embed(parts: Parts, input_ids: Tensor, token_type_ids: Tensor | None, posit
         x = x + _look_up(parts.token_types, types)
     if parts.positions is not None:
         x = x + _look_up(parts.positions, position_ids)
-    x = dropout(_norm(parts.embedding_norm, x), rate(parts.embedding_dropout), seed=seed, stream=0)
-    return x if parts.projection is None else linear(x, parts.projection.weight, parts.projection.bias)
+    x = dropout(_norm(parts.embedding_norm, x).output, rate(parts.embedding_dropout), seed=seed, stream=0)
+    return x if parts.projection is None else _linear(parts.projection, Normed(x))
 
 
 def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
@@ -82,9 +85,9 @@ def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
     )
 
 
-def _norm(norm: nn.LayerNorm | None, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+def _norm(norm: nn.LayerNorm | None, x: Tensor, residual: Tensor | None = None, **options: Any) -> Normed:
     """options: the dropout of x, to which the residual is added."""
-    return x if norm is None else dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)
+    return Normed(x) if norm is None else normed(x, residual, norm.weight, norm.bias, norm.eps, **options)
 
 
 def position_bias(parts: Parts, longest: int) -> Tensor | None:
@@ -105,7 +108,7 @@ def _angles(parts: Parts, position_ids: Tensor) -> tuple[tuple[Tensor, Tensor], 
     return tuple(found)
 
 
-def _layer(batch: _Batch, index: int, x: Tensor) -> Tensor:
+def _layer(batch: _Batch, index: int, x: Normed) -> Normed:
     layer = batch.parts.layers[index]
     for part, use, norm, dropped in (
         (_attend, _OUTPUT, layer.attention_norm, layer.dropouts.output),
@@ -113,16 +116,17 @@ def _layer(batch: _Batch, index: int, x: Tensor) -> Tensor:
     ):
         p, stream = rate(dropped), _stream(index, use)
         if batch.parts.architecture.pre_norm:
-            x = x + dropout(part(batch, index, _norm(norm, x)), p, seed=batch.seed, stream=stream)
+            change = part(batch, index, _norm(norm, x.output))
+            x = Normed(x.output + dropout(change, p, seed=batch.seed, stream=stream))
         else:
-            x = _norm(norm, part(batch, index, x), x, dropout_p=p, seed=batch.seed, stream=stream)
+            x = _norm(norm, part(batch, index, x), x.output, dropout_p=p, seed=batch.seed, stream=stream)
     return x
 
 
-def _attend(batch: _Batch, index: int, x: Tensor) -> Tensor:
+def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
     parts = batch.parts
     layer, heads = parts.layers[index], parts.heads
-    qkv = linear(x, *_side_by_side(layer)).view(x.shape[0], 3, heads, -1)
+    qkv = _query_key_value(layer, x).unflatten(1, (3, heads, -1))
     window = parts.windows[index] if parts.windows else -1
     if batch.angles:
         cosines, sines = batch.angles[int(window >= 0)]
@@ -137,7 +141,18 @@ def _attend(batch: _Batch, index: int, x: Tensor) -> Tensor:
         seed=batch.seed,
         stream=_stream(index, _ATTENTION),
     )
-    return linear(context.flatten(1), layer.output.weight, layer.output.bias)
+    return _linear(layer.output, Normed(context.flatten(1)))
+
+
+def _linear(module: nn.Module, x: Normed) -> Tensor:
+    """Of a plain layer, or of one with adapters, which runs its own code."""
+    return norm_linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x.output)
+
+
+def _query_key_value(layer: LayerParts, x: Normed) -> Tensor:
+    if all(type(module) is nn.Linear for module in layer.qkv):
+        return norm_linear(x, *_side_by_side(layer))
+    return torch.cat([_linear(module, x) for module in layer.qkv], dim=1)
 
 
 def _side_by_side(layer: LayerParts) -> tuple[Tensor, Tensor | None]:
@@ -156,16 +171,18 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat([real * cosines - imaginary * sines, imaginary * cosines + real * sines], dim=-1).to(x.dtype)
 
 
-def _feed_forward(batch: _Batch, index: int, x: Tensor) -> Tensor:
+def _feed_forward(batch: _Batch, index: int, x: Normed) -> Tensor:
     parts = batch.parts
     layer, activation = parts.layers[index], ACTIVATIONS[parts.activation]
-    if not parts.architecture.gated:
-        h = linear(x, layer.up.weight)
+    if parts.architecture.gated:
+        y, gate = _linear(layer.up, x).chunk(2, dim=-1)
+        y = bias_activation(y, None, activation) * gate
+        y = dropout(y, rate(layer.dropouts.gate), seed=batch.seed, stream=_stream(index, _GATE))
+        return _linear(layer.down, Normed(y))
+    if type(layer.up) is type(layer.down) is nn.Linear:
+        h = norm_linear(x, layer.up.weight)
         return activation_linear(h, layer.up.bias, activation, layer.down.weight, layer.down.bias)
-    y, gate = linear(x, layer.up.weight, layer.up.bias).chunk(2, dim=-1)
-    y = bias_activation(y, None, activation) * gate
-    y = dropout(y, rate(layer.dropouts.gate), seed=batch.seed, stream=_stream(index, _GATE))
-    return linear(y, layer.down.weight, layer.down.bias)
+    return _linear(layer.down, Normed(bias_activation(_linear(layer.up, x), None, activation)))
 
 
 def rate(module: nn.Module | None) -> float:

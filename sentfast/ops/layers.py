@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,11 +113,16 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         y, total, mean, rstd = _dropout_add_layer_norm_forward(x, residual, weight, bias, eps, *options)
         ctx.save_for_backward(total, mean, rstd, weight, x.new_empty(0))
         ctx.options = options
-        return y
+        # The second gives no gradient, so none is made of zeros for it.
+        ctx.mark_non_differentiable(total)
+        ctx.set_materialize_grads(False)
+        return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad):
+    def backward(ctx: Any, grad, _):
+        if grad is None:
+            return (None,) * 6
         grad_sum, grad_x, grad_weight, grad_bias = _dropout_add_layer_norm_backward(
             grad, *ctx.saved_tensors, *ctx.options
         )
@@ -126,6 +131,19 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             grad_x = grad_sum
         grads = [grad_x, grad_sum if needs_residual else None]
         return *grads, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None
+
+
+class Normed(NamedTuple):
+    """The output of a layer norm and, with a gradient, what makes it again: the sum that is kept anyway, weight, bias,
+    eps."""
+
+    output: Tensor
+    source: tuple[Tensor, Tensor, Tensor | None, float] | None = None
+
+
+def norm_again(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """The output of a :class:`Normed` from its source, to the bit."""
+    return _dropout_add_layer_norm(total, None, weight, bias, eps, 0.0, 0, 0)
 
 
 class _BiasActivation(torch.autograd.Function):
@@ -201,13 +219,29 @@ def dropout_add_layer_norm(
             raise ValueError(f"residual: expected the shape of x {list(x.shape)}, got {list(residual.shape)}")
         if residual.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"residual: expected the dtype of x ({x.dtype}) or float32, got {residual.dtype}")
+    return normed(x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed, stream=stream).output
+
+
+def normed(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    stream: int = 0,
+) -> Normed:
+    """:func:`dropout_add_layer_norm` of arguments that fit, and what makes its output again."""
     acc = accumulation_dtype(x.dtype)
     weight = _vector("weight", weight, x).to(acc)
     bias = None if bias is None else _vector("bias", bias, x).to(acc)
     options = (float(dropout_p), seed_of(dropout_p, seed), stream)
     if checks.needs_function(x, residual) or checks.needs_function(weight, bias):
-        return _DropoutAddLayerNorm.apply(x, residual, weight, bias, float(eps), options)
-    return _dropout_add_layer_norm(x, residual, weight, bias, float(eps), *options)
+        y, total = _DropoutAddLayerNorm.apply(x, residual, weight, bias, float(eps), options)
+        return Normed(y, (total, weight, bias, float(eps)))
+    return Normed(_dropout_add_layer_norm(x, residual, weight, bias, float(eps), *options))
 
 
 def bias_activation(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:

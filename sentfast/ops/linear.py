@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sentfast import reference
 from sentfast.ops import checks
-from sentfast.ops.layers import _bias_activation, _bias_activation_backward, bias_activation
+from sentfast.ops.layers import Normed, _bias_activation, _bias_activation_backward, bias_activation, norm_again
 from sentfast.reference import ACTIVATIONS, accumulation_dtype
 from sentfast.registry import define
 
@@ -63,6 +63,26 @@ class _Linear(torch.autograd.Function):
         return (
             _product(grad, weight, None) if needs_x else None,
             _product(grad.t(), x, None) if needs_weight else None,
+            grad.sum(dim=0) if needs_bias else None,
+        )
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, total, norm_weight, norm_bias, eps, weight, bias):
+        ctx.save_for_backward(total, norm_weight, norm_bias, weight)
+        ctx.eps = eps
+        return _product(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        total, norm_weight, norm_bias, weight = ctx.saved_tensors
+        needs_x, *_, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _product(grad, weight, None) if needs_x else None,
+            *(None for _ in range(4)),
+            _product(grad.t(), norm_again(total, norm_weight, norm_bias, ctx.eps), None) if needs_weight else None,
             grad.sum(dim=0) if needs_bias else None,
         )
 
@@ -166,6 +186,13 @@ def activation_linear(
     if _fits(x, weight, bias) and (x_bias is None or x_bias.dtype == torch.float32):
         return _ActivationLinear.apply(x, x_bias, ACTIVATIONS.index(activation), weight, bias)
     return linear(bias_activation(x, x_bias, activation), weight, bias)
+
+
+def norm_linear(x: Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` of a layer norm's output, which is made again for the gradient instead of kept."""
+    if x.source is not None and _fits(x.output, weight, bias):
+        return _NormLinear.apply(x.output, *x.source, weight, bias)
+    return linear(x.output, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
