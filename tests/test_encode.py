@@ -170,12 +170,13 @@ def test_modes(paths, modes):
     check(build(paths["mpnet"], modes=modes), TEXTS, codes=codes)
 
 
+@pytest.mark.parametrize("without_gradient", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward(makers, kind):
+def test_forward(makers, kind, without_gradient):
     """model(features) keeps every feature and its padding."""
     model = makers[kind]()
     tokenize = model.preprocess if VERSION >= (5, 4) else model.tokenize
-    with torch.no_grad():
+    with without_gradient():
         with sentfast.disabled():
             eager = model(tokenize(TEXTS[:6]))
         with ran("encoder", "pool", fused=False):
