@@ -285,6 +285,13 @@ const T* rows_of(const Pool& p, const Sequence& s) {
   return static_cast<const T*>(p.x) + s.index * p.stride_batch + s.origin * p.stride_token;
 }
 
+// The row that `cls` or `lasttoken` takes; nullptr if there is none.
+template <class T>
+const T* picked_row(const Pool& p, const Sequence& s, int64_t mode) {
+  const int64_t token = picked(s, mode);
+  return token >= 0 ? rows_of<T>(p, s) + token * p.stride_token : nullptr;
+}
+
 // Normalises and writes the parts of a sentence.
 template <class T>
 void write(const Pool& p, int64_t index, const Part<T>* parts) {
@@ -327,8 +334,7 @@ void pool_one(const Pool& p, int64_t index, float* scratch) {
   for (int64_t m = 0; m < p.mode_count; ++m) {
     const int64_t mode = p.modes[m];
     if (picks(mode)) {
-      const int64_t token = picked(s, mode);
-      if (token >= 0) parts[m].token = x + token * p.stride_token;
+      parts[m].token = picked_row<T>(p, s, mode);
     } else {
       parts[m].sums = mode == kMax ? a.best : mode == kWeightedMean ? a.weighted : a.sum;
       if (mode != kMax) parts[m].denominator = summary.denominator(mode);
@@ -360,9 +366,8 @@ template <class T>
 void find_picks(const Pool& p, int64_t index, Part<T>* parts) {
   const Sequence s(p.layout, index);
   for (int64_t m = 0; m < p.mode_count; ++m) {
-    const int64_t token = picked(s, p.modes[m]);
     parts[m] = {};
-    if (token >= 0) parts[m].token = rows_of<T>(p, s) + token * p.stride_token;
+    parts[m].token = picked_row<T>(p, s, p.modes[m]);
   }
 }
 
