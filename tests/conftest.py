@@ -33,6 +33,15 @@ def hash_name(name: str) -> int:
 
 
 @pytest.fixture(autouse=True)
+def environment():
+    """Variables that a test sets end with it: transformers 4 leaves bf16=True there, and later trainers find it."""
+    before = os.environ.copy()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def fill_new_tensors():
     """PyTorch's new tensors hold NaN too, so an element that a kernel forgot is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
