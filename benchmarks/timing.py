@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -95,15 +96,14 @@ class Sweep:
 def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
     """Round and name, every name once a round, with the garbage collector off until the last.
 
-    Another name goes first each round: none of them always follows the same neighbour's traces.
+    In a new order each round: none of them always follows the same neighbour's traces, as pages that it has freed.
     """
-    names = list(names)
+    names, order = list(names), random.Random(rounds)
     gc.collect()
     gc.disable()
     try:
         for number in range(rounds):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in order.sample(names, len(names)):
                 yield number, name
     finally:
         gc.enable()

@@ -158,10 +158,11 @@ def test_interleaving_times_the_call_and_nothing_else(monkeypatch):
         "slow": timing.Variant(spend("slow", 6_000_000)),
         "fast": timing.Variant(spend("fast", 2_000_000), prepare=spend("prepare", 50_000_000)),
     }
-    samples = timing.interleave(variants, [None], CPU, rounds=4)
-    assert samples == {"slow": pytest.approx([6e-3] * 4), "fast": pytest.approx([2e-3] * 4)}
-    timed = [name for name in order if name != "prepare"][-8:]
-    assert timed == ["slow", "fast", "fast", "slow"] * 2
+    rounds = 30
+    samples = timing.interleave(variants, [None], CPU, rounds=rounds)
+    assert samples == {"slow": pytest.approx([6e-3] * rounds), "fast": pytest.approx([2e-3] * rounds)}
+    timed = iter([name for name in order if name != "prepare"][-2 * rounds :])
+    assert set(zip(timed, timed, strict=True)) == {("slow", "fast"), ("fast", "slow")}  # new orders, of both each round
     assert timing.ratio(samples["slow"], samples["fast"])["median"] == pytest.approx(3)
 
 

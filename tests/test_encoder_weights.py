@@ -241,7 +241,7 @@ def test_a_fork_while_another_thread_packs():
 
 @pytest.mark.skipif(encoders.BACKEND != "cpu", reason="the compiled CPU kernels are not loaded")
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-def test_a_small_model_is_packed_after_its_first_tokens_and_keeps_its_bits(kind, monkeypatch):
+def test_a_small_model_is_packed_after_its_first_groups_and_keeps_its_bits(kind, monkeypatch):
     model, batch = encoders.model(kind), encoders.batch(LENGTHS)
     packed = []
 
@@ -250,7 +250,8 @@ def test_a_small_model_is_packed_after_its_first_tokens_and_keeps_its_bits(kind,
         return weights.pack(*arguments)
 
     monkeypatch.setattr(module, "pack", counted)
-    monkeypatch.setattr(module, "AS_THEY_ARE", sum(LENGTHS))
+    monkeypatch.setattr(module, "GROUP", sum(LENGTHS))
+    monkeypatch.setattr(module, "AS_THEY_ARE", 1)
     results = [check(model, batch)[1] for _ in range(3)]
     assert packed == [(True,), ()]
     assert all(torch.equal(results[0], result) for result in results[1:])

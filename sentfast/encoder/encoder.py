@@ -24,9 +24,11 @@ from sentfast.integrations import guards
 from sentfast.ops.encoder import encoder as operator
 from sentfast.reference import POOLING_MODES
 
-# Tokens computed with the matrices of a small model as they are, before they are put into panels: packing MiniLM
-# takes as long as panels save in some twenty queries, and more than its first query.
-AS_THEY_ARE = 256
+# Groups computed with the matrices of a small model as they are, before they are put into panels: each group turns
+# every matrix anew, and packing takes as long as panels save in some twenty. A query is one group; a batch has one for
+# so many tokens.
+AS_THEY_ARE = 20
+GROUP = 384
 
 
 class Encoder:
@@ -52,7 +54,7 @@ class Encoder:
         self._words = parts.words.weight.detach().contiguous()
         self._weights = pack(parts, compute_dtype, True)
         self._to_pack = parts if can_stay(parts, compute_dtype) and not large(parts) else None
-        self._tokens = 0
+        self._groups = 0
         windows = list(parts.windows) if any(window >= 0 for window in parts.windows) else []
         self._form = (parts.heads, parts.activation, windows, parts.architecture.pre_norm, parts.architecture.gated)
         self._eps = parts.eps
@@ -124,8 +126,8 @@ class Encoder:
     def _pack_if_worth(self, tokens: int) -> None:
         """The bits of a result are the same before and after."""
         with _lock, torch.inference_mode(False), torch.no_grad():
-            self._tokens += tokens
-            if self._to_pack is not None and self._tokens > AS_THEY_ARE:
+            self._groups += -(-tokens // GROUP)
+            if self._to_pack is not None and self._groups > AS_THEY_ARE:
                 self._weights, self._to_pack = pack(self._to_pack, torch.float32), None
 
 
