@@ -130,7 +130,9 @@ class BuildLibraries(build_ext):
             "cpu/layers": self.torch_flags,
             "cpu/product": self.torch_flags,
             "cpu/losses": self.torch_flags,
-            "cpu/search": self.torch_flags,
+            "cpu/search_topk": self.torch_flags,
+            "cpu/search_above": self.torch_flags,
+            "cpu/search_pack": self.torch_flags,
             "module": python,
         }
         objects = [

@@ -32,7 +32,7 @@ struct Kept {
   }
 };
 
-// A corpus packed as csrc/cpu/search.cpp packs it, around a center that is near the rows or not.
+// A corpus packed as csrc/cpu/search_pack.cpp packs it, around a center that is near the rows or not.
 struct PackedRows {
   SearchFormat format;
   Buffer<uint32_t> codes;
