@@ -32,10 +32,13 @@ def _in_one_word(added: str) -> bool:
     return added.isascii() and added.isprintable() and " " not in added
 
 
+def long(text: object, max_length: int) -> bool:
+    """Whether the text is so long that its beginning may have all the tokens that truncation leaves."""
+    return isinstance(text, str) and len(text) > _CHARACTERS * max_length
+
+
 def beginning(text: str, words: int) -> str:
     """The first `words` words of the text and the space behind them; the text itself if it has no more."""
-    if len(text) <= _CHARACTERS * words:
-        return text
     rest = text.split(" ", words)
     if len(rest) <= words or not _encodable(rest[words]):
         return text

@@ -6,6 +6,7 @@ works with a copy of its own: the parts (vocabulary, normaliser, ...) are shared
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -111,11 +112,10 @@ class Tokenizer:
                 pass
             self._backend = _copy(original)
         self._backend.encode_special_tokens = tokenizer.split_special_tokens
-        self._most = self._words = 0
+        self._most, self._side = 0, tokenizer.truncation_side
         if truncation.value != "do_not_truncate":
-            side = tokenizer.truncation_side
-            self._backend.enable_truncation(most, stride=0, strategy=truncation.value, direction=side)
-            self._most, self._words = most, prefix.most_words(self._backend, most, side)
+            self._backend.enable_truncation(most, stride=0, strategy=truncation.value, direction=self._side)
+            self._most = most
         self._with_types = "token_type_ids" in tokenizer.model_input_names
         self._prompt = prompt
 
@@ -134,10 +134,15 @@ class Tokenizer:
             return Tokens(ids, None, lengths)
         return Tokens(ids, _flat([encoding.type_ids for encoding in encodings], lengths), lengths)
 
+    @functools.cached_property
+    def _words(self) -> int:
+        return prefix.most_words(self._backend, self._most, self._side)
+
     def _encode(self, texts: list) -> list[tokenizers.Encoding]:
-        if not self._words:
+        long = [prefix.long(text, self._most) for text in texts] if self._most else []
+        if not any(long) or not self._words:
             return self._encode_whole(texts)
-        begun = [prefix.beginning(text, self._words) if isinstance(text, str) else text for text in texts]
+        begun = [prefix.beginning(text, self._words) if cut else text for text, cut in zip(texts, long, strict=True)]
         encodings = self._encode_whole(begun)
         # Words that the normaliser leaves nothing of give no token.
         short = [i for i, found in enumerate(encodings) if begun[i] is not texts[i] and len(found) < self._most]
