@@ -10,7 +10,8 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -p no:cacheprovider
 INTERPRETED := $(addprefix tests/test_,ops.py edges.py attention.py search_ops.py encoder_steps.py cuda_encoder.py)
 INTERPRETED += tests/test_cuda_encoder_graphs.py
-DROP_IN := $(addprefix tests/test_,drop_in.py switch.py drop_in_losses.py drop_in_search.py training_stack.py)
+DROP_IN := $(addprefix tests/test_,drop_in.py switch.py drop_in_losses.py drop_in_search.py drop_in_mining.py)
+DROP_IN += $(addprefix tests/test_,drop_in_evaluation.py training_stack.py)
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
