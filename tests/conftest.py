@@ -74,6 +74,14 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch):
         yield
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny base model on disk, without dropout."""
+    from training_runs import save_model
+
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture(scope="session")
 def paths(tmp_path_factory: pytest.TempPathFactory):
     """Tiny base models on disk, by kind."""

@@ -13,16 +13,10 @@ from brute_force import exact
 from sentence_transformers import util
 from sentence_transformers.evaluation import InformationRetrievalEvaluator
 from tiny_models import build
-from training_runs import save_model
 
 import sentfast
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def retrieval(path, rows=90, queries=25, duplicates=False, **options):

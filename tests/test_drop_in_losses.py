@@ -15,7 +15,6 @@ from backends import BACKEND
 from sentence_transformers import SentenceTransformer, losses, models, util
 from tiny_models import LETTERS, VERSION, build
 from torch import nn
-from training_runs import save_model
 
 import sentfast
 
@@ -29,11 +28,6 @@ CACHED_SYMMETRIC = losses.CachedMultipleNegativesSymmetricRankingLoss
 GIST, CACHED_GIST = losses.GISTEmbedLoss, losses.CachedGISTEmbedLoss
 COSENT, TRIPLET, CONTRASTIVE = losses.CoSENTLoss, losses.TripletLoss, losses.ContrastiveLoss
 EVERYTHING = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

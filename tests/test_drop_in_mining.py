@@ -29,16 +29,10 @@ from sentence_transformers.util import (
     paraphrase_mining_embeddings,
 )
 from tiny_models import VERSION, build
-from training_runs import save_model
 
 import sentfast
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def gap(scores: torch.Tensor, near: float) -> float:

@@ -17,16 +17,10 @@ from sentence_transformers.util import (
     semantic_search,
 )
 from tiny_models import VERSION, build
-from training_runs import save_model
 
 import sentfast
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def assert_hits(ours, stock, scores: torch.Tensor, top_k: int) -> None:

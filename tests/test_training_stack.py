@@ -21,17 +21,12 @@ from sentence_transformers.evaluation import (
     SentenceEvaluator,
 )
 from torch.utils.data import DataLoader
-from training_runs import ADAM_EPSILON, COLUMNS, COUNT, LABELS, TEXTS, PairwiseMSE, Run, compare, save_model, three_runs
+from training_runs import ADAM_EPSILON, COLUMNS, COUNT, LABELS, TEXTS, PairwiseMSE, Run, compare, three_runs
 
 import sentfast
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
 BF16 = torch.finfo(torch.bfloat16).eps
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def pairs_with_scores():

@@ -26,7 +26,7 @@ from sentfast.reference import POOLING_MODES
 
 # Groups computed with the matrices of a small model as they are, before they are put into panels: each group turns
 # every matrix anew, and packing takes as long as panels save in some twenty. A query is one group; a batch has one for
-# so many tokens.
+# so many tokens, kGroupTokensInRows of csrc/cpu/encoder_batch.h.
 AS_THEY_ARE = 20
 GROUP = 384
 
