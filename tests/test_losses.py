@@ -209,21 +209,6 @@ def test_equals_gist_embed_loss(backend: Backend, strategy: str, anchors: bool, 
 
 
 @every_backend
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_equals_matryoshka_loss(backend: Backend, similarity: str) -> None:
-    dims, weights = (24, 16, 5), (1.0, 0.5, 0.25)
-    inner = stock.MultipleNegativesRankingLoss(Columns(), similarity_fct=SIMILARITIES[similarity])
-    theirs = stock.MatryoshkaLoss(inner.model, inner, dims, weights)
-    agree(
-        backend,
-        columns_of(3, 5 if backend.interpreted else 21, 24, device=backend.device),
-        lambda c: F.contrastive_loss(c[0], torch.cat(c[1:]), similarity=similarity, dims=dims, dim_weights=weights),
-        lambda c: theirs(features(c), torch.empty(0)),
-        similarity,
-    )
-
-
-@every_backend
 def test_a_learned_scale_gets_its_gradient(backend: Backend) -> None:
     for options in (
         {},

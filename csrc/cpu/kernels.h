@@ -340,6 +340,7 @@ constexpr int kContrastiveSegments = 4;
 struct ContrastiveSegment {
   int64_t columns;
   float* scores;                          // [rows, columns] similarities, which become the gradient
+  const float* products;                  // [rows, columns] plain products to make similarities of, or nullptr
   const float* guide;                     // [rows, columns] similarities by the guide, or nullptr
   const float *row_scale, *column_scale;  // 1 / norms, or nullptr
   const int32_t* ids;                     // [columns] equal for duplicates, or nullptr
@@ -360,12 +361,24 @@ struct Contrastive {
   float *losses, *slopes;  // [rows]; slopes: derivatives by the scale, only with weights
 };
 
+// Sums of the products of two matrices, element by element, over rows and over columns.
+struct Moments {
+  int64_t rows, columns;
+  const float *a, *b;  // dense
+  float* row_sums;     // [panels, rows]: those of each panel of columns
+  float* column_sums;  // [columns]
+};
+
+constexpr int64_t kMomentColumns = 512;  // of a panel
+
 struct Project {
   int64_t dim;
   Rows x;
-  const float* norm;      // nullptr: nothing is taken away
-  const float* gradient;  // dense
-  void* out;              // may be the gradient
+  const float* norm;   // taken away is what lies along x; nullptr: see below
+  const float* along;  // taken away is x times this, [rows]; nullptr as well: nothing
+  Rows gradient;       // float32
+  void* out;           // may be the gradient
+  int64_t stride_out;
   float eps;
 };
 
@@ -394,6 +407,7 @@ using DropoutAddLayerNormFn = void (*)(const DropoutAddLayerNorm&, int64_t begin
 using DropoutAddLayerNormBackwardFn = void (*)(const DropoutAddLayerNormBackward&, int64_t begin, int64_t end);
 using BiasActivationFn = void (*)(const BiasActivation&, int64_t begin, int64_t end);
 using ContrastiveFn = void (*)(const Contrastive&, int64_t begin, int64_t end);
+using MomentsFn = void (*)(const Moments&, int64_t panel_begin, int64_t panel_end);
 using ProjectFn = void (*)(const Project&, int64_t begin, int64_t end);
 
 // Indexed by Dtype; a matrix by the dtypes of a and b.
@@ -425,6 +439,7 @@ struct Kernels {
   double (*peak_float32)(int64_t rounds);
   double (*peak_bfloat16)(int64_t rounds);
   ContrastiveFn contrastive;
+  MomentsFn moments;
   ProjectFn project[kDtypes];
   SearchKernels search;
 };

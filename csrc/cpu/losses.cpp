@@ -1,5 +1,8 @@
 // Contrastive loss: blocks of rows, their scores by matrix products, losses and gradients in place, gradients of the
 // embeddings by products again.
+//
+// Of several prefixes each goes on from the products of the one before, and the gradient of a column of the embeddings
+// is one product with the sum over the prefixes that hold it: together as many multiplications as the longest alone.
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -40,67 +43,112 @@ void multiply(const Matrix& m, MatrixFn kernel) {
   });
 }
 
-// Embeddings in rows that lie at one distance, with their norms.
+// Embeddings in rows that lie at one distance, with the norms of their prefixes.
 struct Embeddings {
   Tensor x;
   int64_t rows, dim, stride;
   int dtype;
-  Floats norm, reciprocal;  // nullptr: not divided by
+  Floats norms, reciprocals;  // [prefixes, rows]; nullptr: not divided by
 
-  Embeddings(const Tensor& given, bool cosine, const char* name) : x(given), dtype(dtype_index(given, name)) {
+  Embeddings(const Tensor& given, const std::vector<int64_t>& dims, bool cosine, const char* name)
+      : x(given), dtype(dtype_index(given, name)) {
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, ": expected a CPU tensor of two dimensions");
     rows = x.size(0);
     dim = x.size(1);
     if (dim > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
     stride = x.stride(0);
     if (!cosine) return;
-    norm.reset(new float[rows]);
-    reciprocal.reset(new float[rows]);
-    const Normalize p = {dim, {x.const_data_ptr(), stride}, nullptr, norm.get(), kEps};
+    const int64_t count = static_cast<int64_t>(dims.size());
+    norms.reset(new float[count * rows]);
+    reciprocals.reset(new float[count * rows]);
     const NormalizeFn kernel = kernels().normalize[dtype];
-    torch::stable::parallel_for(0, rows, grain(dim), [&](int64_t begin, int64_t end) {
-      kernel(p, begin, end);
-      for (int64_t i = begin; i < end; ++i) reciprocal[i] = 1.0f / (norm[i] < kEps ? kEps : norm[i]);
-    });
+    for (int64_t k = 0; k < count; ++k) {
+      float *norm = norms.get() + k * rows, *reciprocal = reciprocals.get() + k * rows;
+      const Normalize p = {dims[static_cast<size_t>(k)], {x.const_data_ptr(), stride}, nullptr, norm, kEps};
+      torch::stable::parallel_for(0, rows, grain(p.dim), [&](int64_t begin, int64_t end) {
+        kernel(p, begin, end);
+        for (int64_t i = begin; i < end; ++i) reciprocal[i] = 1.0f / (norm[i] < kEps ? kEps : norm[i]);
+      });
+    }
   }
-  Operand from(int64_t row) const {
-    return {static_cast<const char*>(x.const_data_ptr()) + row * stride * static_cast<int64_t>(x.element_size()),
-            stride, 1};
+  const float* norm(int64_t prefix, int64_t row) const { return norms ? norms.get() + prefix * rows + row : nullptr; }
+  const float* reciprocal(int64_t prefix, int64_t row) const {
+    return reciprocals ? reciprocals.get() + prefix * rows + row : nullptr;
+  }
+  Operand from(int64_t row, int64_t column) const {
+    const int64_t element = row * stride + column;
+    return {static_cast<const char*>(x.const_data_ptr()) + element * static_cast<int64_t>(x.element_size()), stride, 1};
   }
   // The same seen as [dim, rows].
-  Operand turned_from(int64_t row) const {
-    const Operand o = from(row);
-    return {o.data, 1, stride};
-  }
+  Operand turned_from(int64_t row, int64_t column) const { return {from(row, column).data, 1, stride}; }
 };
 
 struct Side {
   Embeddings x;
   std::optional<Embeddings> guide;
+  std::vector<int64_t> dims;  // of the prefixes, ascending
   std::vector<int32_t> ids;
-  Tensor gradient;  // float32, dense; only where one is wanted
-  Tensor result;    // in the dtype of x
+  Tensor gradient;           // float32, dense; only where one is wanted
+  Tensor result;             // in the dtype of x
+  std::vector<float> along;  // [prefixes, rows] how much of x is in the gradient, with several prefixes
 
-  Side(const Tensor& given, bool cosine, const Optional& guides, const char* name) : x(given, cosine, name) {
-    if (guides) guide.emplace(*guides, true, "guide");
-    if (guides) STD_TORCH_CHECK(guide->rows == x.rows, "guide: expected as many rows as ", name);
+  Side(const Tensor& given, const std::vector<int64_t>& prefixes, bool cosine, const Optional& guides,
+       const char* name)
+      : x(given, prefixes, cosine, name), dims(prefixes) {
+    if (!guides) return;
+    guide.emplace(*guides, std::vector<int64_t>{guides->size(1)}, true, "guide");
+    STD_TORCH_CHECK(guide->rows == x.rows, "guide: expected as many rows as ", name);
   }
-  float* gradient_from(int64_t row) { return static_cast<float*>(gradient.mutable_data_ptr()) + row * x.dim; }
+  bool one_prefix() const { return dims.size() == 1; }
+  float* gradient_from(int64_t row, int64_t column) {
+    return static_cast<float*>(gradient.mutable_data_ptr()) + row * x.dim + column;
+  }
 
   void start_gradient() {
     gradient = new_tensor({x.rows, x.dim}, ScalarType::Float);
     result = x.dtype == 0 ? gradient : new_tensor({x.rows, x.dim}, x.x.scalar_type());
-    float* data = gradient_from(0);
+    float* data = gradient_from(0, 0);
     torch::stable::parallel_for(0, x.rows, grain(x.dim), [&](int64_t begin, int64_t end) {
       std::fill(data + begin * x.dim, data + end * x.dim, 0.0f);
     });
+    if (!one_prefix()) along.assign(dims.size() * static_cast<size_t>(x.rows), 0.0f);
   }
   void finish_gradient() {
-    const Project p = {
-        x.dim, {x.x.const_data_ptr(), x.stride}, x.norm.get(), gradient_from(0), result.mutable_data_ptr(), kEps};
+    sum_along();
+    int64_t begin = 0;
+    for (size_t k = 0; k < dims.size(); ++k) {
+      const int64_t prefix = static_cast<int64_t>(k);
+      finish_columns(begin, dims[k], one_prefix() ? x.norm(0, 0) : nullptr,
+                     one_prefix() ? nullptr : along.data() + prefix * x.rows);
+      begin = dims[k];
+    }
+    if (begin < x.dim) finish_columns(begin, x.dim, nullptr, nullptr);
+  }
+
+ private:
+  // A column is in every prefix that reaches it: from the sums of each prefix to those of it and the longer ones.
+  void sum_along() {
+    for (int64_t k = static_cast<int64_t>(dims.size()) - 1; !along.empty() && k >= 0; --k) {
+      float* sums = along.data() + k * x.rows;
+      const float* norm = x.norm(k, 0);
+      for (int64_t i = 0; i < x.rows; ++i) {
+        sums[i] = norm[i] < kEps ? 0.0f : sums[i] / norm[i] / norm[i];
+        if (k + 1 < static_cast<int64_t>(dims.size())) sums[i] += sums[x.rows + i];
+      }
+    }
+  }
+  void finish_columns(int64_t begin, int64_t end, const float* norm, const float* parts) {
+    const Project p = {end - begin,
+                       {x.from(0, begin).data, x.stride},
+                       norm,
+                       parts,
+                       {gradient_from(0, begin), x.dim},
+                       static_cast<char*>(result.mutable_data_ptr()) + begin * element_bytes(result.scalar_type()),
+                       x.dim,
+                       kEps};
     const ProjectFn kernel = kernels().project[x.dtype];
-    torch::stable::parallel_for(0, x.rows, grain(2 * x.dim),
-                                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    torch::stable::parallel_for(0, x.rows, grain(2 * p.dim),
+                                [&](int64_t from, int64_t to) { kernel(p, from, to); });
   }
 };
 
@@ -133,6 +181,8 @@ struct Settings {
   float scale, strength;
   bool relative;
   float margin;
+  std::vector<int64_t> dims;  // ascending
+  std::vector<double> dim_weights;
   int64_t workspace;
 };
 
@@ -144,7 +194,7 @@ struct Part {
 
 class Loss {
  public:
-  Loss(const Settings& settings, Side& queries, Side& documents, Side& all_queries)
+  Loss(const Settings& settings, Side& queries, Side& documents, Side& all_queries, bool gradient)
       : settings_(settings), rows_(queries.x.rows), guided_(documents.guide) {
     for (const int64_t direction : settings.directions) {
       STD_TORCH_CHECK(direction >= kQueryToDoc && direction <= kDocToDoc, "directions: expected 0 to 3");
@@ -157,34 +207,44 @@ class Loss {
       columns_ += part.columns;
       parts_.push_back(part);
     }
+    prefixes_ = static_cast<int64_t>(settings.dims.size());
+    buffers_ = prefixes_ == 1 ? 1 : 1 + (gradient ? prefixes_ : 1);
     // Two blocks of the same size are better than a full one and a small one.
-    const int64_t row_bytes = columns_ * 4 * (guided_ ? 2 : 1);
+    const int64_t row_bytes = columns_ * 4 * (buffers_ + (guided_ ? 1 : 0));
     int64_t most = std::min(kMostRows, settings.workspace / std::max<int64_t>(row_bytes, 1));
     most = std::max<int64_t>(most, 1);
     const int64_t blocks = std::max<int64_t>((rows_ + most - 1) / most, 1);
     block_rows_ = (rows_ + blocks - 1) / blocks;
-    scores_ = new_tensor({block_rows_, columns_}, ScalarType::Float);
+    scores_ = new_tensor({buffers_, block_rows_ * columns_}, ScalarType::Float);
     if (guided_) guides_ = new_tensor({block_rows_, columns_}, ScalarType::Float);
+    for (std::vector<float>* each : {&part_losses_, &part_slopes_, &part_weights_}) {
+      each->resize(static_cast<size_t>(block_rows_));
+    }
   }
 
-  void run(float* losses, const float* weights, float* slopes) {
+  // Losses [B]; with weights [B] also the gradients of weights @ losses, that by the scale added to `by_scale`.
+  void run(float* losses, const float* weights, double* by_scale) {
+    std::fill_n(losses, rows_, 0.0f);
     for (int64_t begin = 0; begin < rows_; begin += block_rows_) {
       const int64_t count = std::min(block_rows_, rows_ - begin);
       Contrastive p = describe(begin, count);
-      p.losses = losses + begin;
-      if (weights != nullptr) {
-        p.weights = weights + begin;
-        p.slopes = slopes + begin;
+      for (int64_t k = 0; k < prefixes_; ++k) {
+        score(p, k, begin, count);
+        run_rows(p, k, count, losses + begin, weights == nullptr ? nullptr : weights + begin, by_scale);
+        if (weights != nullptr && prefixes_ > 1) add_moments(p, k, begin, count);
       }
-      const ContrastiveFn kernel = kernels().contrastive;
-      torch::stable::parallel_for(0, count, grain(8 * columns_),
-                                  [&](int64_t from, int64_t to) { kernel(p, from, to); });
-      if (weights != nullptr) add_gradients(p, begin, count);
+      if (weights == nullptr) continue;
+      for (int64_t k = prefixes_ - 1; k >= 0; --k) add_gradients(k, begin, count);
     }
   }
 
  private:
-  // Fills the workspace with the similarities of `count` rows and says what they are.
+  float* buffer(int64_t n) { return static_cast<float*>(scores_.mutable_data_ptr()) + n * block_rows_ * columns_; }
+  float* products() { return buffer(buffers_ - 1); }
+  float* scores(int64_t prefix) { return buffer(std::min(prefix, std::max<int64_t>(buffers_ - 2, 0))); }
+  int64_t first_column(int64_t prefix) const { return prefix == 0 ? 0 : settings_.dims[prefix - 1]; }
+
+  // Says what `count` rows are, and fills in what the guide makes of them.
   Contrastive describe(int64_t begin, int64_t count) {
     Contrastive p = {};
     p.segment_count = static_cast<int64_t>(parts_.size());
@@ -192,28 +252,65 @@ class Loss {
     p.scale = settings_.scale;
     p.relative = settings_.relative;
     p.margin = settings_.margin;
-    float* scores = static_cast<float*>(scores_.mutable_data_ptr());
     float* guides = guided_ ? static_cast<float*>(guides_.mutable_data_ptr()) : nullptr;
     for (int64_t n = 0; n < p.segment_count; ++n) {
       const Part& part = parts_[n];
-      const int64_t left = part.left_offset + begin;
       ContrastiveSegment& s = p.segments[n];
       s.columns = part.columns;
-      s.scores = scores;
-      similarities(part.left->x, left, count, part.right->x, part.columns, scores);
       if (guided_) {
+        const Embeddings &left = *part.left->guide, &right = *part.right->guide;
         s.guide = guides;
-        similarities(*part.left->guide, left, count, *part.right->guide, part.columns, guides);
+        Matrix m = similarities(left, part.left_offset + begin, count, right, part.columns, guides);
+        m.depth = left.dim;
+        multiply(m, kernels().matrix[left.dtype][right.dtype]);
         guides += count * part.columns;
       }
-      s.row_scale = part.left->x.reciprocal ? part.left->x.reciprocal.get() + left : nullptr;
-      s.column_scale = part.right->x.reciprocal.get();
       s.ids = part.right->ids.empty() ? nullptr : part.right->ids.data();
       s.own = part.own + begin;
       set_direction(s, n);
-      scores += count * part.columns;
     }
     return p;
+  }
+
+  // The scores of one prefix; of several, those before it have left their products.
+  void score(Contrastive& p, int64_t prefix, int64_t begin, int64_t count) {
+    float *to = scores(prefix), *plain = products();
+    for (int64_t n = 0; n < p.segment_count; ++n) {
+      const Part& part = parts_[n];
+      const Embeddings &x = part.left->x, &y = part.right->x;
+      const int64_t left = part.left_offset + begin, column = first_column(prefix);
+      ContrastiveSegment& s = p.segments[n];
+      s.scores = to;
+      s.row_scale = x.reciprocal(prefix, left);
+      s.column_scale = y.reciprocal(prefix, 0);
+      Matrix m = similarities(x, left, count, y, part.columns, to);
+      if (prefixes_ > 1) {
+        s.products = m.c = plain;
+        m.add = prefix > 0;
+        m.norm_a = m.norm_b = nullptr;
+      }
+      m.a = x.from(left, column);
+      m.b = y.from(0, column);
+      m.depth = settings_.dims[prefix] - column;
+      multiply(m, kernels().matrix[x.dtype][y.dtype]);
+      to += count * part.columns;
+      plain += count * part.columns;
+    }
+  }
+
+  void run_rows(Contrastive& p, int64_t prefix, int64_t count, float* losses, const float* weights, double* by_scale) {
+    const float factor = static_cast<float>(settings_.dim_weights[prefix]);
+    p.losses = part_losses_.data();
+    if (weights != nullptr) {
+      p.slopes = part_slopes_.data();
+      p.weights = part_weights_.data();
+      for (int64_t i = 0; i < count; ++i) part_weights_[i] = weights[i] * factor;
+    }
+    const ContrastiveFn kernel = kernels().contrastive;
+    torch::stable::parallel_for(0, count, grain(8 * columns_), [&](int64_t from, int64_t to) { kernel(p, from, to); });
+    for (int64_t i = 0; i < count; ++i) losses[i] += factor * part_losses_[i];
+    if (weights == nullptr) return;
+    for (int64_t i = 0; i < count; ++i) *by_scale += static_cast<double>(part_weights_[i]) * part_slopes_[i];
   }
 
   void set_direction(ContrastiveSegment& s, int64_t n) const {
@@ -229,50 +326,80 @@ class Loss {
     s.positive_factor = plain;
   }
 
-  static void similarities(const Embeddings& left, int64_t begin, int64_t count, const Embeddings& right,
-                           int64_t columns, float* out) {
+  static Matrix similarities(const Embeddings& left, int64_t begin, int64_t count, const Embeddings& right,
+                             int64_t columns, float* out) {
     Matrix m = {};
     m.rows = count;
     m.columns = columns;
-    m.depth = left.dim;
-    m.a = left.from(begin);
-    m.b = right.from(0);
+    m.a = left.from(begin, 0);
+    m.b = right.from(0, 0);
     m.c = out;
     m.stride_c = columns;
-    m.norm_a = left.norm ? left.norm.get() + begin : nullptr;
-    m.norm_b = right.norm.get();
+    m.norm_a = left.norm(0, begin);
+    m.norm_b = right.norm(0, 0);
     m.eps = kEps;
-    multiply(m, kernels().matrix[left.dtype][right.dtype]);
+    return m;
   }
 
-  // Adds the block's gradient to those of both sides, through its scores and the other side.
-  void add_gradients(const Contrastive& p, int64_t begin, int64_t count) {
+  // What of one prefix's gradient lies along the embeddings of both sides: the plain products, weighted by it.
+  void add_moments(const Contrastive& p, int64_t prefix, int64_t begin, int64_t count) {
+    const MomentsFn kernel = kernels().moments;
     for (int64_t n = 0; n < p.segment_count; ++n) {
       const Part& part = parts_[n];
+      const int64_t panels = (part.columns + kMomentColumns - 1) / kMomentColumns;
+      std::vector<float> of_rows(static_cast<size_t>(panels * count)), of_columns(static_cast<size_t>(part.columns));
+      const Moments m = {count,          part.columns,     p.segments[n].products, p.segments[n].scores,
+                         of_rows.data(), of_columns.data()};
+      torch::stable::parallel_for(0, panels, grain(count * kMomentColumns),
+                                  [&](int64_t from, int64_t to) { kernel(m, from, to); });
+      float* left = part.left->along.data() + prefix * part.left->x.rows + part.left_offset + begin;
+      for (int64_t i = 0; i < panels * count; ++i) left[i % count] += of_rows[i];
+      float* right = part.right->along.data() + prefix * part.right->x.rows;
+      for (int64_t j = 0; j < part.columns; ++j) right[j] += of_columns[j];
+    }
+  }
+
+  // Adds the block's gradient to the columns of both sides that are new in the prefix, through the scores' and the
+  // other side; the longer prefixes, which hold these columns too, have added theirs to the scores' before.
+  void add_gradients(int64_t prefix, int64_t begin, int64_t count) {
+    float* gradient = scores(prefix);
+    if (prefix + 1 < prefixes_) add(scores(prefix + 1), gradient, count * columns_);
+    const int64_t column = first_column(prefix);
+    for (const Part& part : parts_) {
       const int64_t left = part.left_offset + begin;
       Matrix m = {};
       m.add = true;
-      m.columns = m.stride_c = part.left->x.dim;
+      m.columns = settings_.dims[prefix] - column;
+      m.stride_c = part.left->x.dim;
       m.rows = count;
       m.depth = part.columns;
-      m.a = {p.segments[n].scores, part.columns, 1};
-      m.b = part.right->x.turned_from(0);
-      m.c = part.left->gradient_from(left);
+      m.a = {gradient, part.columns, 1};
+      m.b = part.right->x.turned_from(0, column);
+      m.c = part.left->gradient_from(left, column);
       multiply(m, kernels().matrix[0][part.right->x.dtype]);
       m.rows = part.columns;
       m.depth = count;
-      m.a = {p.segments[n].scores, 1, part.columns};
-      m.b = part.left->x.turned_from(left);
-      m.c = part.right->gradient_from(0);
+      m.a = {gradient, 1, part.columns};
+      m.b = part.left->x.turned_from(left, column);
+      m.c = part.right->gradient_from(0, column);
       multiply(m, kernels().matrix[0][part.left->x.dtype]);
+      gradient += count * part.columns;
     }
+  }
+
+  static void add(const float* from, float* to, int64_t count) {
+    torch::stable::parallel_for(0, count, grain(1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    });
   }
 
   const Settings& settings_;
   int64_t rows_, columns_ = 0, block_rows_ = 1;
+  int64_t prefixes_ = 1, buffers_ = 1;  // buffers: scores of each prefix, and behind them the products they go on from
   bool guided_;
   std::vector<Part> parts_;
   Tensor scores_, guides_;
+  std::vector<float> part_losses_, part_slopes_, part_weights_;  // [block_rows] of one prefix
 };
 
 struct Inputs {
@@ -283,14 +410,28 @@ struct Inputs {
   Side& everyone() { return all_queries ? *all_queries : queries; }
 };
 
+void check_dims(const std::vector<int64_t>& dims, const std::vector<double>& dim_weights, bool cosine,
+                const Tensor& queries) {
+  STD_TORCH_CHECK(!dims.empty() && dim_weights.size() == dims.size(), "dims: expected one or more, with a weight each");
+  STD_TORCH_CHECK(cosine || dims.size() == 1, "dims: expected one without norms");
+  int64_t before = -1;
+  for (const int64_t dim : dims) {
+    STD_TORCH_CHECK(dim > before, "dims: expected ascending lengths");
+    before = dim;
+  }
+  STD_TORCH_CHECK(queries.dim() == 2 && before <= queries.size(1), "dims: expected at most the columns of queries");
+}
+
 Inputs inputs(const Tensor& queries, const Tensor& documents, const Optional& all_queries, const Optional& scale_tensor,
               double scale, bool cosine, int64_t offset, int64_t positives, const std::vector<int64_t>& directions,
               bool per_direction, int64_t hardness, double strength, const Optional& query_ids,
               const Optional& document_ids, const Optional& guide_queries, const Optional& guide_documents,
-              const Optional& guide_all_queries, bool relative, double margin, int64_t workspace) {
-  Inputs in = {Side(queries, cosine, guide_queries, "queries"), Side(documents, cosine, guide_documents, "documents"),
-               std::nullopt, Settings{}};
-  if (all_queries) in.all_queries.emplace(*all_queries, cosine, guide_all_queries, "all_queries");
+              const Optional& guide_all_queries, bool relative, double margin, const std::vector<int64_t>& dims,
+              const std::vector<double>& dim_weights, int64_t workspace) {
+  check_dims(dims, dim_weights, cosine, queries);
+  Inputs in = {Side(queries, dims, cosine, guide_queries, "queries"),
+               Side(documents, dims, cosine, guide_documents, "documents"), std::nullopt, Settings{}};
+  if (all_queries) in.all_queries.emplace(*all_queries, dims, cosine, guide_all_queries, "all_queries");
   Side& everyone = in.everyone();
   for (Side* side : {&in.documents, &everyone}) {
     STD_TORCH_CHECK(side->x.dim == in.queries.x.dim && side->x.dtype == in.queries.x.dtype,
@@ -318,6 +459,7 @@ Inputs inputs(const Tensor& queries, const Tensor& documents, const Optional& al
                  per_direction, static_cast<Hardness>(hardness),
                  factor,        static_cast<float>(strength),
                  relative,      static_cast<float>(margin),
+                 dims,          dim_weights,
                  workspace};
   return in;
 }
@@ -327,16 +469,16 @@ Inputs inputs(const Tensor& queries, const Tensor& documents, const Optional& al
       double scale, bool cosine, int64_t offset, int64_t positives, const std::vector<int64_t>&directions,            \
       bool per_direction, int64_t hardness, double strength, const Optional &query_ids, const Optional &document_ids, \
       const Optional &guide_queries, const Optional &guide_documents, const Optional &guide_all_queries,              \
-      bool relative, double margin, int64_t workspace
+      bool relative, double margin, const std::vector<int64_t>&dims, const std::vector<double>&dim_weights, int64_t workspace
 #define SENTFAST_LOSS_ARGUMENTS                                                                                 \
   queries, documents, all_queries, scale_tensor, scale, cosine, offset, positives, directions, per_direction,   \
       hardness, strength, query_ids, document_ids, guide_queries, guide_documents, guide_all_queries, relative, \
-      margin, workspace
+      margin, dims, dim_weights, workspace
 
 Tensor contrastive_loss(SENTFAST_LOSS_PARAMETERS) {
   Inputs in = inputs(SENTFAST_LOSS_ARGUMENTS);
   Tensor losses = new_tensor({in.queries.x.rows}, ScalarType::Float);
-  Loss(in.settings, in.queries, in.documents, in.everyone())
+  Loss(in.settings, in.queries, in.documents, in.everyone(), false)
       .run(static_cast<float*>(losses.mutable_data_ptr()), nullptr, nullptr);
   return losses;
 }
@@ -346,7 +488,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_loss_forward(SENT
   Inputs in = inputs(SENTFAST_LOSS_ARGUMENTS);
   const int64_t rows = in.queries.x.rows;
   Tensor losses = new_tensor({rows}, ScalarType::Float);
-  const Floats weight(new float[rows]), slopes(new float[rows]);
+  const Floats weight(new float[rows]);
   if (weights) {
     STD_TORCH_CHECK(weights->is_cpu() && weights->numel() == rows && weights->scalar_type() == ScalarType::Float,
                     "weights: expected float32, one per row");
@@ -358,13 +500,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_loss_forward(SENT
   in.queries.start_gradient();
   in.documents.start_gradient();
   if (in.all_queries) in.all_queries->start_gradient();
-  Loss(in.settings, in.queries, in.documents, in.everyone())
-      .run(static_cast<float*>(losses.mutable_data_ptr()), weight.get(), slopes.get());
+  double by_scale = 0;
+  Loss(in.settings, in.queries, in.documents, in.everyone(), true)
+      .run(static_cast<float*>(losses.mutable_data_ptr()), weight.get(), &by_scale);
   in.queries.finish_gradient();
   in.documents.finish_gradient();
   if (in.all_queries) in.all_queries->finish_gradient();
-  double by_scale = 0;
-  for (int64_t i = 0; i < rows; ++i) by_scale += static_cast<double>(weight[i]) * slopes[i];
   Tensor grad_scale = new_tensor({}, ScalarType::Float);
   *static_cast<float*>(grad_scale.mutable_data_ptr()) = static_cast<float>(by_scale);
   Tensor grad_all_queries = in.all_queries ? in.all_queries->result : new_tensor({0}, queries.scalar_type());

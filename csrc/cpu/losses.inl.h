@@ -1,7 +1,8 @@
 // Contrastive loss of rows of scores, which become the gradient where they lie.
 //
 // A row is read four times, from the first caches after the first: what is left out is marked with -inf, the largest
-// logit, the exponentials and their sum, the gradient.
+// logit, the exponentials and their sum, the gradient. Plain products are first made into scores, in a place of their
+// own: the next prefix continues them.
 namespace losses {
 
 constexpr float kInfinity = __builtin_inff();
@@ -11,6 +12,15 @@ constexpr int64_t kSumColumns = 2048;
 // x where lanes exist, `value` in the others.
 inline Vec or_else(Vec x, Full, Vec) { return x; }
 inline Vec or_else(Vec x, Tail k, Vec value) { return Vec::select(Vec::first_lanes(k.count), x, value); }
+
+inline void scale_products(const ContrastiveSegment& s, int64_t i) {
+  const float* products = s.products + i * s.columns;
+  float* scores = s.scores + i * s.columns;
+  const Vec factor = Vec::fill(s.row_scale[i]);
+  each_vector(s.columns, [&](int64_t j, auto k) SENTFAST_INLINE {
+    store(load(products + j, k) * factor * load(s.column_scale + j, k), scores + j, k);
+  });
+}
 
 // Calls f(column) for the first own column of row i and every one after it.
 template <class F>
@@ -162,6 +172,9 @@ inline float limit_of(const Contrastive& p, int64_t i) {
 template <bool Gradient>
 void row(const Contrastive& p, int64_t i) {
   const float limit = limit_of(p, i);
+  for (int64_t n = 0; n < p.segment_count; ++n) {
+    if (p.segments[n].products != nullptr) scale_products(p.segments[n], i);
+  }
   float shift[kContrastiveSegments];
   for (int g = 0; g < kContrastiveSegments; ++g) shift[g] = -kInfinity;
   const ContrastiveSegment& first = p.segments[0];
@@ -207,22 +220,46 @@ inline void contrastive(const Contrastive& p, int64_t begin, int64_t end) {
   }
 }
 
-// The gradient to x from one to which only its norm's factor was applied: what lies along x is taken away. Below eps
-// the norm is a constant.
+inline void moments(const Moments& p, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kMomentColumns, left = p.columns - first;
+    const int64_t count = left < kMomentColumns ? left : kMomentColumns;
+    float* column_sums = p.column_sums + first;
+    fill(column_sums, count, 0.0f);
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const float *a = p.a + i * p.columns + first, *b = p.b + i * p.columns + first;
+      Vec sum = Vec::zero();
+      each_vector(count, [&](int64_t j, auto k) SENTFAST_INLINE {
+        const Vec product = load(a + j, k) * load(b + j, k);
+        sum = sum + only(product, k);
+        store(load(column_sums + j, k) + product, column_sums + j, k);
+      });
+      p.row_sums[panel * p.rows + i] = sum.sum();
+    }
+  }
+}
+
+// How much of x is in the gradient to which only its norm's factor was applied. Below eps the norm is a constant.
+template <class T>
+float along(const Project& p, const T* x, const float* gradient, int64_t i) {
+  if (p.along != nullptr) return p.along[i];
+  if (p.norm == nullptr || p.norm[i] < p.eps) return 0.0f;
+  return rows::dot(x, gradient, p.dim) / p.norm[i] / p.norm[i];
+}
+
 template <class T>
 void project(const Project& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = rows::row<T>(p.x, i);
-    const float* gradient = p.gradient + i * p.dim;
-    T* out = static_cast<T*>(p.out) + i * p.dim;
-    float along = 0.0f;
-    if (p.norm != nullptr && !(p.norm[i] < p.eps)) along = rows::dot(x, gradient, p.dim) / p.norm[i] / p.norm[i];
-    const Vec tangent = Vec::fill(along);
-    if (along == 0.0f) {  // 0 * inf must not make NaN
+    const float* gradient = rows::row<float>(p.gradient, i);
+    T* out = static_cast<T*>(p.out) + i * p.stride_out;
+    const float part = along(p, x, gradient, i);
+    const Vec factor = Vec::fill(part);
+    if (part == 0.0f) {  // 0 * inf must not make NaN
       each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(gradient + d, k), out + d, k); });
     } else {
       each_vector(p.dim, [&](int64_t d, auto k)
-                             SENTFAST_INLINE { store(load(gradient + d, k) - tangent * load(x + d, k), out + d, k); });
+                             SENTFAST_INLINE { store(load(gradient + d, k) - factor * load(x + d, k), out + d, k); });
     }
   }
 }

@@ -41,10 +41,11 @@ uint32_t word_at(const Operand& m, int64_t row, int64_t step, int64_t depth) {
   return word;
 }
 
-// Whether rows of T can be read as Words where they lie.
+// Whether rows of T can be read as Words where they lie: no pair is cut in two, and none lies across two Words.
 template <class Step, class T>
 bool plain(const Operand& m, int64_t depth) {
-  return sizeof(T) * Step::depth == 4 && m.stride_column == 1 && depth % Step::depth == 0;
+  return sizeof(T) * Step::depth == 4 && m.stride_column == 1 && depth % Step::depth == 0 &&
+         m.stride_row % Step::depth == 0 && reinterpret_cast<uintptr_t>(m.data) % sizeof(Word) == 0;
 }
 
 constexpr int64_t kSquare = 16;
@@ -189,7 +190,7 @@ template <class Step, class A, class B>
 void by_tiles(const Matrix& m, const Block& block, void* memory) {
   const Scratch scratch(memory);
   const int64_t steps = (m.depth + Step::depth - 1) / Step::depth;
-  const bool a_in_place = plain<Step, A>(m.a, m.depth) && m.a.stride_row % Step::depth == 0;
+  const bool a_in_place = plain<Step, A>(m.a, m.depth);
   for (int64_t column = block.column_begin; column < block.column_end; column += kBlockColumns) {
     const int64_t columns = block.column_end - column < kBlockColumns ? block.column_end - column : kBlockColumns;
     if (m.norm_b != nullptr) {

@@ -52,6 +52,7 @@ const Kernels& table() {
     t.layer_norm = layers::layer_norm;
     t.peak_float32 = SENTFAST_PEAK_FLOAT32;
     t.contrastive = losses::contrastive;
+    t.moments = losses::moments;
     t.search = search::kernels();
     return t;
   }();

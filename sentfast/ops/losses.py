@@ -22,7 +22,7 @@ _ARGUMENTS = (
     "Tensor queries, Tensor documents, Tensor? all_queries, Tensor? scale_tensor, float scale, bool cosine, int offset,"
     " int positives, int[] directions, bool per_direction, int hardness, float strength, Tensor? query_ids,"
     " Tensor? document_ids, Tensor? guide_queries, Tensor? guide_documents, Tensor? guide_all_queries, bool relative,"
-    " float margin, int workspace"
+    " float margin, int[] dims, float[] dim_weights, int workspace"
 )
 
 
@@ -53,68 +53,32 @@ _contrastive_loss_forward = define(
 )
 
 
-def _prefixes(arguments: tuple, dim: int | None) -> tuple:
-    if dim is None:
-        return arguments
-    return *(None if x is None else x[:, :dim] for x in arguments[:3]), *arguments[3:]
-
-
-def _losses(dims: tuple, dim_weights: tuple, arguments: tuple) -> Tensor:
-    """[B]: the weighted sum over the prefixes."""
-    parts = [_contrastive_loss(*_prefixes(arguments, dim)) for dim in dims]
-    if len(parts) == 1 and dim_weights[0] == 1:
-        return parts[0]
-    return sum(factor * part for factor, part in zip(dim_weights, parts, strict=True))  # type: ignore[return-value]
-
-
-def _losses_and_gradients(
-    dims: tuple, dim_weights: tuple, arguments: tuple, weights: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """The losses [B] and the gradients to queries, documents, all_queries and scale, summed over the prefixes."""
-    if dims == (None,) and dim_weights[0] == 1:
-        losses, *gradients = _contrastive_loss_forward(*arguments, weights)
-        return losses, gradients
-    dtype = accumulation_dtype(arguments[0].dtype)
-    totals = [x.new_zeros(x.shape if x is not None else (0,), dtype=dtype) for x in arguments[:2]]
-    totals.append(totals[0].new_zeros((0,) if arguments[2] is None else arguments[2].shape))
-    losses = totals[0].new_zeros(len(arguments[0]))
-    scale = totals[0].new_zeros(())
-    for dim, factor in zip(dims, dim_weights, strict=True):
-        part, *gradients = _contrastive_loss_forward(*_prefixes(arguments, dim), weights)
-        losses = losses + factor * part
-        scale = scale + factor * gradients[3]
-        for total, gradient in zip(totals, gradients[:3], strict=True):
-            if gradient.ndim == 2:
-                total[:, :dim].add_(gradient, alpha=factor)
-    return losses, [*(total.to(arguments[0].dtype) for total in totals), scale]
-
-
 class _ContrastiveLoss(torch.autograd.Function):
     """The mean's gradient is known up to a factor, so its forward pass makes it too: three products, not four."""
 
     @staticmethod
-    def forward(ctx: Any, mean, dims, dim_weights, *arguments):
-        ctx.settings = mean, dims, dim_weights, arguments[4:12], arguments[17:]
+    def forward(ctx: Any, mean, *arguments):
+        ctx.settings = mean, arguments[4:12], arguments[17:]
         if mean:
-            losses, gradients = _losses_and_gradients(dims, dim_weights, arguments, None)
+            losses, *gradients = _contrastive_loss_forward(*arguments, None)
             ctx.save_for_backward(*gradients)
             return losses.mean()
         ctx.save_for_backward(*arguments[:4], *arguments[12:17])
-        return _losses(dims, dim_weights, arguments)
+        return _contrastive_loss(*arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
-        mean, dims, dim_weights, numbers, rest = ctx.settings
+        mean, numbers, rest = ctx.settings
         saved = ctx.saved_tensors
         if mean:
             gradients = [gradient * grad.to(gradient.dtype) for gradient in saved]
         else:
             arguments = *saved[:4], *numbers, *saved[4:], *rest
-            gradients = _losses_and_gradients(dims, dim_weights, arguments, grad)[1]
-        needed = ctx.needs_input_grad[3:7]
+            gradients = _contrastive_loss_forward(*arguments, grad)[1:]
+        needed = ctx.needs_input_grad[1:5]
         given = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
-        return None, None, None, *given, *(None for _ in range(16))
+        return None, *given, *(None for _ in range(18))
 
 
 def _matrix(name: str, x: object, other_name: str, other: Tensor | None, dtype: bool = True) -> Tensor:
@@ -191,18 +155,22 @@ def _guides(guide: Sequence[Tensor], queries: Tensor, documents: Tensor, all_que
 
 def _dims(
     dims: Sequence[int] | None, dim_weights: Sequence[float] | None, columns: int
-) -> tuple[tuple[int | None, ...], tuple[float, ...]]:
+) -> tuple[list[int], list[float]]:
+    """Ascending lengths and their weights."""
     if dims is None:
         if dim_weights is not None:
             raise ValueError("dim_weights: expected None without dims")
-        return (None,), (1.0,)
+        return [columns], [1.0]
     if not dims or not all(isinstance(dim, int) and 0 < dim <= columns for dim in dims):
         raise ValueError(f"dims: expected numbers from 1 to {columns}, got {tuple(dims)!r}")
     if dim_weights is None:
-        return tuple(dims), (1.0,) * len(dims)
+        dim_weights = [1.0] * len(dims)
     if len(dim_weights) != len(dims):
         raise ValueError(f"dim_weights: expected {len(dims)} of them, one for each of dims, got {len(dim_weights)}")
-    return tuple(dims), tuple(map(float, dim_weights))
+    totals = dict.fromkeys(sorted(dims), 0.0)
+    for dim, weight in zip(dims, dim_weights, strict=True):
+        totals[dim] += float(weight)
+    return list(totals), list(totals.values())
 
 
 def _check_counts(offset: int, positives: int, queries: Tensor, documents: Tensor, all_queries: Tensor | None) -> None:
@@ -218,13 +186,15 @@ def _check_counts(offset: int, positives: int, queries: Tensor, documents: Tenso
         )
 
 
-def _check_workspace(workspace: int, numbers: list[int], everyone: int, positives: int, x: Tensor, guided: bool) -> int:
+def _check_workspace(
+    workspace: int, numbers: list[int], everyone: int, positives: int, x: Tensor, guided: bool, prefixes: int
+) -> None:
     columns = [len(x), everyone, everyone, positives if guided else len(x)]
     size = 8 if x.dtype == torch.float64 else 4
-    needed = sum(columns[number] for number in numbers) * size * (1 + guided)
+    matrices = reference.losses.score_matrices(prefixes) + guided
+    needed = sum(columns[number] for number in numbers) * size * matrices
     if workspace < needed:
         raise ValueError(f"workspace: expected at least the {needed} bytes of one row's scores, got {workspace}")
-    return workspace
 
 
 def contrastive_loss(
@@ -281,10 +251,10 @@ def contrastive_loss(
             guide's cosine t of query i and its positive, t - margin ("absolute") or t - margin |t| ("relative"). With a
             guide "doc_to_doc" has the positives alone as columns, and the limit alone leaves out a row's own.
         dims: prefix lengths; the loss is the sum over them, times dim_weights (None: 1), each prefix normalised by
-            itself, with "dot" too.
+            itself, with "dot" too. All are computed in one pass, with as many multiplications as the longest alone.
         reduction: "mean", or "none" for [B] losses.
-        workspace: bytes of scores held at a time; at least one row's, which is 4 bytes per candidate (8 for float64;
-            twice that with a guide).
+        workspace: bytes of scores held at a time; at least one row's, which is 4 bytes per candidate (8 for float64),
+            with n > 1 dims n + 2 times that, with a guide once more.
 
     Returns:
         0-d or [B]; float32 for float32 and half inputs (products, norms and sums accumulate in float32), else float64.
@@ -317,7 +287,7 @@ def contrastive_loss(
     guides = [None] * 3 if guide is None else _guides(guide, queries, documents, all_queries)
     lengths, weights = _dims(dims, dim_weights, queries.shape[1])
     mean = _one_of("reduction", reduction, ("none", "mean")) == 1
-    _check_workspace(workspace, numbers, everyone, positives, documents, guide is not None)
+    _check_workspace(workspace, numbers, everyone, positives, documents, guide is not None, len(lengths))
     arguments = (
         queries,
         documents,
@@ -336,9 +306,11 @@ def contrastive_loss(
         *guides,
         _one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES) == 1,
         float(margin),
+        lengths,
+        weights,
         workspace,
     )
     if any(x is not None and checks.needs_function(x) for x in arguments[:4]):
-        return _ContrastiveLoss.apply(mean, lengths, weights, *arguments)
-    losses = _losses(lengths, weights, arguments)
+        return _ContrastiveLoss.apply(mean, *arguments)
+    losses = _contrastive_loss(*arguments)
     return losses.mean() if mean else losses

@@ -2,6 +2,9 @@
 
 The scores of a block are plain products; the norms of a cosine are factors of rows and columns. So nothing is
 normalised beforehand, and the gradient of a block, times the same factors, gives both sides' gradients by products.
+
+Of several prefixes each goes on from the products of the one before it. A column of the embeddings is in every prefix
+that reaches it, so its gradient is one product with the sum of their scores' gradients.
 """
 
 from __future__ import annotations
@@ -134,12 +137,33 @@ def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) 
 
 
 @dataclass
+class Prefix:
+    """The first `end` columns of the embeddings, of which `columns` are not in a shorter prefix."""
+
+    end: int
+    columns: slice
+    factor: float  # of its losses
+
+
+def _prefixes(dims: list[int], dim_weights: list[float]) -> list[Prefix]:
+    begins = [0, *dims[:-1]]
+    return [
+        Prefix(dim, slice(begin, dim), weight) for begin, dim, weight in zip(begins, dims, dim_weights, strict=True)
+    ]
+
+
+@dataclass
 class Side:
-    """Embeddings with their norms, the gradient that they gather, their ids, and the guide's."""
+    """Embeddings with their norms, the gradient that they gather, their ids, and the guide's.
+
+    `norms` and `along` have a column for each prefix; `along` is how much of x lies in its gradient, with several
+    prefixes, where the gradient itself is a sum over them.
+    """
 
     x: Tensor
-    norm: Tensor | None
+    norms: Tensor | None
     gradient: Tensor | None
+    along: Tensor | None
     ids: Tensor | None
     guide: Tensor | None
     guide_norm: Tensor | None
@@ -156,27 +180,35 @@ def _reciprocal(norm: Tensor) -> Tensor:
     return 1 / norm.clamp(min=NORMALIZE_EPS)
 
 
-def _side(x: Tensor, cosine: bool, gradient: bool, ids: Tensor | None, guide: Tensor | None) -> Side:
+def _side(
+    x: Tensor, prefixes: list[Prefix], cosine: bool, gradient: bool, ids: Tensor | None, guide: Tensor | None
+) -> Side:
     dtype = accumulation_dtype(x.dtype)
+    norms = torch.stack([_norm(x[:, : prefix.end]) for prefix in prefixes], dim=1) if cosine else None
     return Side(
         x,
-        _norm(x) if cosine else None,
+        norms,
         torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if gradient else None,
+        torch.zeros_like(norms) if gradient and norms is not None else None,
         ids,
         guide,
         None if guide is None else _norm(guide),
     )
 
 
-def _through_norm(side: Side) -> Tensor:
-    """The gradient to x; below eps the norm is a constant, so nothing is taken away along x."""
+def _through_norms(side: Side, prefixes: list[Prefix]) -> Tensor:
+    """The gradient to x; below eps a norm is a constant, so nothing is taken away along x."""
     assert side.gradient is not None
     gradient = side.gradient
-    if side.norm is not None:
+    if side.norms is not None and side.along is not None:
         x = side.x.to(gradient.dtype)
-        along = (x * gradient).sum(dim=-1) * _reciprocal(side.norm) ** 2
-        along = torch.where(side.norm < NORMALIZE_EPS, 0, along)
-        gradient = gradient - x * along.unsqueeze(-1)
+        if len(prefixes) == 1:
+            columns = prefixes[0].columns
+            side.along[:, 0] = (x[:, columns] * gradient[:, columns]).sum(dim=-1)
+        along = torch.where(side.norms < NORMALIZE_EPS, 0, side.along * _reciprocal(side.norms) ** 2)
+        for k, prefix in enumerate(prefixes):
+            # A column is in its prefix and in all longer ones.
+            gradient[:, prefix.columns] -= x[:, prefix.columns] * along[:, k:].sum(dim=1, keepdim=True)
     return gradient.to(side.x.dtype)
 
 
@@ -184,10 +216,16 @@ Product = Callable[[Tensor, Tensor], Tensor]
 Rows = Callable[[list[Segment], Row, "Tensor | None"], "tuple[Tensor, Tensor]"]
 
 
+def score_matrices(prefixes: int) -> int:
+    """Matrices that a block holds: scores; of several prefixes those of each, the plain products, and a work space."""
+    return 1 if prefixes == 1 else prefixes + 2
+
+
 @dataclass
 class Batch:
     """The whole call."""
 
+    prefixes: list[Prefix]
     queries: Side
     documents: Side
     all_queries: Side
@@ -215,12 +253,14 @@ class Batch:
         """Ranges of rows whose scores fit the workspace."""
         size = torch.finfo(accumulation_dtype(self.queries.x.dtype)).bits // 8
         columns = sum(len(self.columns(direction).x) for direction in self.directions)
-        bytes_of_row = columns * size * (1 if self.documents.guide is None else 2)
+        matrices = score_matrices(len(self.prefixes)) + (self.documents.guide is not None)
+        bytes_of_row = columns * size * matrices
         rows = max(1, self.workspace // max(1, bytes_of_row))
         for begin in range(0, len(self.queries.x), rows):
             yield begin, min(begin + rows, len(self.queries.x))
 
     def segment(self, direction: int, begin: int, left: Side, right: Side, product: Product) -> Segment:
+        """Without scores, and without the scales of a prefix."""
         to_queries = direction in (QUERY_TO_QUERY, DOC_TO_QUERY)
         own = (self.query_offset if to_queries else self.offset) + begin
         ids = None if right.ids is None else right.ids[own : own + len(left.x)]
@@ -231,10 +271,10 @@ class Batch:
             guide *= _reciprocal(left.guide_norm).unsqueeze(1)
             guide *= _reciprocal(right.guide_norm)
         return Segment(
-            scores=product(left.x, right.x),
+            scores=left.x.new_empty(0),
             guide=guide,
-            row_scale=None if left.norm is None else _reciprocal(left.norm),
-            column_scale=None if right.norm is None else _reciprocal(right.norm),
+            row_scale=None,
+            column_scale=None,
             own_ids=ids,
             ids=right.ids,
             own=own,
@@ -245,30 +285,88 @@ class Batch:
         )
 
 
-def _run(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Losses [B] and slopes [B] of all rows; with weights the gradients are added to the sides'."""
-    with torch.autocast(row.scale.device.type, enabled=False):
-        return _run_blocks(batch, row, weights, product, rows)
+@dataclass
+class Block:
+    """Rows of the batch: for each direction its two sides and its segment, whose scores are those of one prefix."""
 
+    sides: list[tuple[Side, Side]]
+    segments: list[Segment]
+    products: list[Tensor]  # plain ones, of the prefixes so far
 
-def _run_blocks(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
-    losses, slopes = [row.scale.new_empty(0)], [row.scale.new_empty(0)]
-    for begin, end in batch.blocks():
+    @staticmethod
+    def of(batch: Batch, begin: int, end: int, product: Product) -> Block:
         sides = [(batch.left(d, begin, end), batch.columns(d)) for d in batch.directions]
         segments = [
             batch.segment(d, begin, left, right, product)
             for d, (left, right) in zip(batch.directions, sides, strict=True)
         ]
-        loss, slope = rows(segments, row, None if weights is None else weights[begin:end])
-        losses.append(loss)
-        slopes.append(slope)
+        return Block(sides, segments, [])
+
+    def score(self, k: int, prefix: Prefix, keep: bool, product: Product) -> None:
+        """Scores of prefix k, from the products before it; with `keep` the products stay as they are."""
+        for n, (segment, (left, right)) in enumerate(zip(self.segments, self.sides, strict=True)):
+            found = product(left.x[:, prefix.columns], right.x[:, prefix.columns])
+            if k:
+                self.products[n] += found
+            else:
+                self.products.append(found)
+            segment.scores = self.products[n].clone() if keep else self.products[n]
+            segment.row_scale = None if left.norms is None else _reciprocal(left.norms[:, k])
+            segment.column_scale = None if right.norms is None else _reciprocal(right.norms[:, k])
+
+    def add_moments(self, k: int) -> None:
+        """What of the gradient of prefix k lies along the embeddings: the products, weighted by it."""
+        for segment, plain, (left, right) in zip(self.segments, self.products, self.sides, strict=True):
+            assert left.along is not None and right.along is not None
+            moments = segment.scores * plain
+            left.along[:, k] += moments.sum(dim=1)
+            right.along[:, k] += moments.sum(dim=0)
+
+    def add_gradients(self, gradients: list[Tensor], columns: slice, product: Product) -> None:
+        for gradient, (left, right) in zip(gradients, self.sides, strict=True):
+            assert left.gradient is not None and right.gradient is not None
+            left.gradient[:, columns] += product(gradient, right.x[:, columns].mT)
+            right.gradient[:, columns] += product(gradient.mT, left.x[:, columns].mT)
+
+
+def _run(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Losses [B] and slopes [B] of all rows; with weights the gradients are added to the sides'."""
+    losses, slopes = row.scale.new_zeros(2, len(batch.queries.x))
+    with torch.autocast(row.scale.device.type, enabled=False):
+        for begin, end in batch.blocks():
+            block = Block.of(batch, begin, end, product)
+            part = None if weights is None else weights[begin:end]
+            _run_block(block, batch.prefixes, row, part, losses[begin:end], slopes[begin:end], product, rows)
+    return losses, slopes
+
+
+def _run_block(
+    block: Block,
+    prefixes: list[Prefix],
+    row: Row,
+    weights: Tensor | None,
+    losses: Tensor,
+    slopes: Tensor,
+    product: Product,
+    rows: Rows,
+) -> None:
+    gradients = []
+    several = len(prefixes) > 1
+    for k, prefix in enumerate(prefixes):
+        block.score(k, prefix, several, product)
+        loss, slope = rows(block.segments, row, None if weights is None else weights * prefix.factor)
+        losses += prefix.factor * loss
+        slopes += prefix.factor * slope
         if weights is None:
             continue
-        for segment, (left, right) in zip(segments, sides, strict=True):
-            assert left.gradient is not None and right.gradient is not None
-            left.gradient += product(segment.scores, right.x.mT)
-            right.gradient += product(segment.scores.mT, left.x.mT)
-    return torch.cat(losses), torch.cat(slopes)
+        if several:
+            block.add_moments(k)
+        gradients.append([segment.scores for segment in block.segments])
+    for k in reversed(range(len(gradients))):
+        if k + 1 < len(gradients):
+            for gradient, longer in zip(gradients[k], gradients.pop(), strict=True):
+                gradient += longer
+        block.add_gradients(gradients[k], prefixes[k].columns, product)
 
 
 def _prepare(
@@ -292,16 +390,19 @@ def _prepare(
     guide_all_queries: Tensor | None,
     relative: bool,
     margin: float,
+    dims: list[int],
+    dim_weights: list[float],
     workspace: int,
 ) -> tuple[Batch, Row]:
-    left = _side(queries, cosine, gradient, query_ids, guide_queries)
-    right = _side(documents, cosine, gradient, document_ids, guide_documents)
+    prefixes = _prefixes(dims, dim_weights)
+    left = _side(queries, prefixes, cosine, gradient, query_ids, guide_queries)
+    right = _side(documents, prefixes, cosine, gradient, document_ids, guide_documents)
     everyone = left
     if all_queries is not None:
-        everyone = _side(all_queries, cosine, gradient, query_ids, guide_all_queries)
+        everyone = _side(all_queries, prefixes, cosine, gradient, query_ids, guide_all_queries)
     query_offset = 0 if all_queries is None else offset
     batch = Batch(
-        left, right, everyone, offset, query_offset, positives, directions, per_direction, hardness, workspace
+        prefixes, left, right, everyone, offset, query_offset, positives, directions, per_direction, hardness, workspace
     )
     dtype = accumulation_dtype(queries.dtype)
     factor = torch.full((), scale, dtype=dtype, device=queries.device)
@@ -330,6 +431,6 @@ def contrastive_loss_forward(
         weights = row.scale.new_full((count,), 1 / max(count, 1))
     losses, slopes = _run(batch, row, weights, product, rows)
     given = batch.all_queries is not batch.queries
-    grad_all_queries = _through_norm(batch.all_queries) if given else batch.queries.x.new_empty(0)
-    grad_scale = (weights * slopes).sum()
-    return losses, _through_norm(batch.queries), _through_norm(batch.documents), grad_all_queries, grad_scale
+    grad_queries, grad_documents = (_through_norms(side, batch.prefixes) for side in (batch.queries, batch.documents))
+    grad_all_queries = _through_norms(batch.all_queries, batch.prefixes) if given else batch.queries.x.new_empty(0)
+    return losses, grad_queries, grad_documents, grad_all_queries, (weights * slopes).sum()

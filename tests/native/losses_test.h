@@ -7,7 +7,7 @@ namespace check {
 
 // One direction with everything drawn, and its scores as they were.
 struct RandomSegment {
-  Buffer<float> scores{0}, guide{0}, row_scale{0}, column_scale{0};
+  Buffer<float> scores{0}, products{0}, guide{0}, row_scale{0}, column_scale{0};
   Buffer<int32_t> ids{0};
   std::vector<double> before;
   ContrastiveSegment segment = {};
@@ -36,11 +36,23 @@ struct RandomSegment {
       column_scale = random<float>(s.columns);
       s.row_scale = row_scale.get();
       s.column_scale = column_scale.get();
+      if (integer(0, 1) == 0) start_from_products(rows);
     }
     s.factor = s.positive_factor = s.negatives_factor = scale;
     if (first && integer(0, 1) == 0) {
       s.factor = scale + static_cast<float>(integer(0, 1));
       s.negatives_factor = scale + static_cast<float>(integer(0, 1));
+    }
+  }
+
+  // What lies in the place of the scores is not read then.
+  void start_from_products(int64_t rows) {
+    ContrastiveSegment& s = segment;
+    products = random<float>(rows * s.columns);
+    s.products = products.get();
+    for (int64_t at = 0; at < rows * s.columns; ++at) {
+      before[static_cast<size_t>(at)] =
+          static_cast<double>(products[at]) * row_scale[at / s.columns] * column_scale[at % s.columns];
     }
   }
 
@@ -120,22 +132,53 @@ inline void test_contrastive() {
   for (int64_t i = 0; i < rows; ++i) check_contrastive_row(p, segments, i);
 }
 
+inline void test_moments() {
+  const int64_t rows = integer(1, 9), columns = integer(1, 2 * kMomentColumns + 9);
+  const int64_t panels = (columns + kMomentColumns - 1) / kMomentColumns;
+  const Buffer<float> a = random<float>(rows * columns), b = random<float>(rows * columns);
+  const Buffer<float> of_rows(panels * rows), of_columns(columns);
+  const Moments p = {rows, columns, a.get(), b.get(), of_rows.get(), of_columns.get()};
+  in_threads(panels, [&](int64_t begin, int64_t end) { kernels().moments(p, begin, end); });
+  for (int64_t j = 0; j < columns; ++j) {
+    double sum = 0;
+    for (int64_t i = 0; i < rows; ++i) sum += static_cast<double>(a[i * columns + j]) * b[i * columns + j];
+    close("moments, column", of_columns[j], sum, 2e-6, 20);
+  }
+  for (int64_t at = 0; at < panels * rows; ++at) {
+    const int64_t first = at / rows * kMomentColumns, last = std::min(first + kMomentColumns, columns);
+    double sum = 0;
+    for (int64_t j = first; j < last; ++j) {
+      sum += static_cast<double>(a[at % rows * columns + j]) * b[at % rows * columns + j];
+    }
+    close("moments, row", of_rows[at], sum, 2e-6, 200);
+  }
+}
+
 template <class T>
 void test_project() {
   const int64_t rows = integer(1, 9), dim = integer(1, 70), stride = dim + integer(0, 3);
-  const Buffer<T> x = random<T>((rows - 1) * stride + dim), out(rows * dim);
-  const Buffer<float> gradient = random<float>(rows * dim), norm(rows);
+  const int64_t stride_gradient = dim + integer(0, 3), stride_out = dim + integer(0, 3);
+  const Buffer<T> x = random<T>((rows - 1) * stride + dim), out(rows * stride_out);
+  const Buffer<float> gradient = random<float>(rows * stride_gradient), along = random<float>(rows), norm(rows);
   for (int64_t i = 0; i < rows; ++i) norm[i] = integer(0, 3) == 0 ? 1e-13f : 0.5f + std::fabs(normal());
-  const bool taken = integer(0, 2) != 0;
-  const Project p = {dim, {x.get(), stride}, taken ? norm.get() : nullptr, gradient.get(), out.get(), 1e-12f};
+  const int64_t way = integer(0, 2);  // given, by the norm, nothing
+  const Project p = {dim,
+                     {x.get(), stride},
+                     way == 1 ? norm.get() : nullptr,
+                     way == 0 ? along.get() : nullptr,
+                     {gradient.get(), stride_gradient},
+                     out.get(),
+                     stride_out,
+                     1e-12f};
   in_threads(rows, [&](int64_t begin, int64_t end) { kernels().project[static_cast<int>(dtype<T>())](p, begin, end); });
   for (int64_t i = 0; i < rows; ++i) {
-    double along = 0;
-    for (int64_t d = 0; d < dim; ++d) along += widen(x[i * stride + d]) * gradient[i * dim + d];
-    along = taken && norm[i] > 1e-12f ? along / norm[i] / norm[i] : 0;
+    double part = 0;
+    for (int64_t d = 0; d < dim; ++d) part += widen(x[i * stride + d]) * gradient[i * stride_gradient + d];
+    part = way == 1 && norm[i] > 1e-12f ? part / norm[i] / norm[i] : 0;
+    if (way == 0) part = along[i];
     for (int64_t d = 0; d < dim; ++d) {
-      const double want = gradient[i * dim + d] - along * widen(x[i * stride + d]);
-      close("project", widen(out[i * dim + d]), want, tolerance<T>(), static_cast<double>(dim));
+      const double want = gradient[i * stride_gradient + d] - part * widen(x[i * stride + d]);
+      close("project", widen(out[i * stride_out + d]), want, tolerance<T>(), static_cast<double>(dim));
     }
   }
 }

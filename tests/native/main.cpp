@@ -69,6 +69,7 @@ int main(int argc, char** argv) {
       test_dtype<Float16>();
       test_encoder();
       check::test_contrastive();
+      check::test_moments();
       check::test_search();
     }
     std::printf("%s done\n", isa_name(static_cast<Isa>(i)));
