@@ -9,9 +9,9 @@ CUDA ?= 0
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -p no:cacheprovider
 INTERPRETED := $(addprefix tests/test_,ops.py edges.py attention.py search_ops.py encoder_steps.py cuda_encoder.py)
-INTERPRETED += tests/test_cuda_encoder_graphs.py
-DROP_IN := $(addprefix tests/test_,drop_in.py switch.py drop_in_losses.py drop_in_search.py drop_in_mining.py)
-DROP_IN += $(addprefix tests/test_,drop_in_evaluation.py training_stack.py)
+INTERPRETED += $(addprefix tests/test_,cuda_encoder_graphs.py loss_prefixes.py)
+DROP_IN := $(addprefix tests/test_,drop_in.py switch.py drop_in_losses.py drop_in_matryoshka.py)
+DROP_IN += $(addprefix tests/test_,drop_in_search.py drop_in_mining.py drop_in_evaluation.py training_stack.py)
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10

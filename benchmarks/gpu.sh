@@ -157,10 +157,10 @@ else
   triton=build/gpu/$machine-triton.json
   plot=docs/images/benchmarks-$machine.svg
   encoder_tests=(tests/test_cuda_encoder_gpu.py)
-  operator_tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_losses.py tests/test_linear.py tests/test_encoder_steps.py)
+  operator_tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_losses.py tests/test_loss_prefixes.py tests/test_linear.py tests/test_encoder_steps.py)
   search_tests=(tests/test_search_ops.py tests/test_drop_in_gpu.py)
-  drop_in_tests=(tests/test_drop_in.py tests/test_drop_in_losses.py tests/test_drop_in_search.py)
-  drop_in_tests+=(tests/test_drop_in_mining.py tests/test_drop_in_evaluation.py)
+  drop_in_tests=(tests/test_drop_in.py tests/test_drop_in_losses.py tests/test_drop_in_matryoshka.py)
+  drop_in_tests+=(tests/test_drop_in_search.py tests/test_drop_in_mining.py tests/test_drop_in_evaluation.py)
   encoder=(--device cuda)
   has xdist && parallel=(-n 4)
 fi

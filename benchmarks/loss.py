@@ -22,7 +22,7 @@ TABLE = "loss"
 QUICK_SHRINK, QUICK_MEMORY = 32, "mnrl_8192"
 CHECKED_ROWS = 512  # so many are checked against float64
 BUDGET = 12.0
-NOISE = {"mnrl": 3.0, "gist": 8.0}  # of a positive beside its anchor: so much that the loss is far from 0
+NOISE = {"mnrl": 3.0, "matryoshka": 3.0, "gist": 8.0}  # of a positive beside its anchor: so much that the loss is far from 0
 ALLOWED_EPS = 16  # err(sentfast) <= 2 * err(stock) + ALLOWED_EPS * eps
 AGREES = 1e-4  # the loss of all rows, where float64 would take too long
 BLOCK = 1024
@@ -57,8 +57,14 @@ CASES = {
     "mnrl_8192": Case("mnrl", 8192, 384, faster=2.5, megabytes=80),
     "mnrl_65536": Case("mnrl", 65536, 384, megabytes=1000, ours_only=True),
     "gist_256": Case("gist", 256, 768, faster=10.0, memory_share=0.05),
+    "matryoshka_2048": Case("matryoshka", 2048, 1024, faster=1.0),
 }
-TITLES = {"mnrl": "MultipleNegativesRankingLoss", "gist": "GISTEmbedLoss"}
+PREFIXES = (1024, 768, 512, 256, 128, 64, 32)
+TITLES = {
+    "mnrl": "MultipleNegativesRankingLoss",
+    "gist": "GISTEmbedLoss",
+    "matryoshka": f"MatryoshkaLoss over it, {len(PREFIXES)} lengths",
+}
 
 
 class Given(nn.Module):
@@ -71,11 +77,21 @@ class Given(nn.Module):
     def forward(self, features: dict[str, Tensor], **ignored: Any) -> dict[str, Tensor]:
         return {**features, "sentence_embedding": features[self.key]}
 
+    def get_embedding_dimension(self) -> None:
+        """Unknown: MatryoshkaLoss asks."""
+
 
 def _mnrl() -> nn.Module:
     from sentence_transformers.sentence_transformer import losses
 
     return losses.MultipleNegativesRankingLoss(Given("own"))
+
+
+def _matryoshka() -> nn.Module:
+    from sentence_transformers.sentence_transformer import losses
+
+    inner = _mnrl()
+    return losses.MatryoshkaLoss(inner.model, inner, PREFIXES)
 
 
 def _gist() -> nn.Module:
@@ -86,7 +102,7 @@ def _gist() -> nn.Module:
     return losses.GISTEmbedLoss(Given("own", tokenizer), Given("guide", tokenizer))
 
 
-LOSSES = {"mnrl": _mnrl, "gist": _gist}
+LOSSES = {"mnrl": _mnrl, "gist": _gist, "matryoshka": _matryoshka}
 
 
 def make(case: Case, rows: int, seed: int) -> Inputs:

@@ -92,8 +92,7 @@ struct Side {
   Tensor result;             // in the dtype of x
   std::vector<float> along;  // [prefixes, rows] how much of x is in the gradient, with several prefixes
 
-  Side(const Tensor& given, const std::vector<int64_t>& prefixes, bool cosine, const Optional& guides,
-       const char* name)
+  Side(const Tensor& given, const std::vector<int64_t>& prefixes, bool cosine, const Optional& guides, const char* name)
       : x(given, prefixes, cosine, name), dims(prefixes) {
     if (!guides) return;
     guide.emplace(*guides, std::vector<int64_t>{guides->size(1)}, true, "guide");
@@ -147,8 +146,7 @@ struct Side {
                        x.dim,
                        kEps};
     const ProjectFn kernel = kernels().project[x.dtype];
-    torch::stable::parallel_for(0, x.rows, grain(2 * p.dim),
-                                [&](int64_t from, int64_t to) { kernel(p, from, to); });
+    torch::stable::parallel_for(0, x.rows, grain(2 * p.dim), [&](int64_t from, int64_t to) { kernel(p, from, to); });
   }
 };
 
@@ -469,7 +467,8 @@ Inputs inputs(const Tensor& queries, const Tensor& documents, const Optional& al
       double scale, bool cosine, int64_t offset, int64_t positives, const std::vector<int64_t>&directions,            \
       bool per_direction, int64_t hardness, double strength, const Optional &query_ids, const Optional &document_ids, \
       const Optional &guide_queries, const Optional &guide_documents, const Optional &guide_all_queries,              \
-      bool relative, double margin, const std::vector<int64_t>&dims, const std::vector<double>&dim_weights, int64_t workspace
+      bool relative, double margin, const std::vector<int64_t>&dims, const std::vector<double>&dim_weights,           \
+      int64_t workspace
 #define SENTFAST_LOSS_ARGUMENTS                                                                                 \
   queries, documents, all_queries, scale_tensor, scale, cosine, offset, positives, directions, per_direction,   \
       hardness, strength, query_ids, document_ids, guide_queries, guide_documents, guide_all_queries, relative, \

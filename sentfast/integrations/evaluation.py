@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from sentfast.integrations import guards, search
+from sentfast.integrations import search
 from sentfast.integrations.versions import Version
 from sentfast.report import fallback
 from sentfast.search import segments
@@ -55,11 +54,6 @@ def retrieval_metrics(
     if evaluator.write_predictions and output_path is not None:
         _write(evaluator, output_path, results)
     return _metrics(version, evaluator, results)
-
-
-def with_original(name: str, original: Callable, attempt: Callable) -> Callable:
-    """The replacement of `original`, for an attempt that is given the original too."""
-    return guards.accelerated_loop(name, original, functools.partial(attempt, name, original))
 
 
 def _search(

@@ -65,6 +65,11 @@ def accelerated_loop(name: str, original: Callable, attempt: Callable) -> Callab
     return wrapper
 
 
+def with_original(name: str, original: Callable, attempt: Callable) -> Callable:
+    """As :func:`accelerated_loop`, for an attempt that is given the function's name and the original too."""
+    return accelerated_loop(name, original, functools.partial(attempt, name, original))
+
+
 def prepared(name: str, original: Callable, prepare: Callable) -> Callable:
     """The replacement of `original` that calls `prepare` with its arguments before it."""
 

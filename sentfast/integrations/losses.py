@@ -1,17 +1,19 @@
 """What runs in place of the in-batch losses' own code: ``contrastive_loss``, which never holds their score matrices.
 
 Each function returns the loss, or the reason code why the original has to run; its parts then stay accelerated.
+With `prefixes` it returns the weighted sum over prefixes of the embeddings (``matryoshka.py``).
 
 The other losses need no replacement. CoSENT, AnglE, Triplet and MarginMSE call the ``pairwise_*`` functions, which are
 replaced; CosineSimilarity, Contrastive and MSE are one pass over embeddings that the encoder has taken much longer to
-make. MatryoshkaLoss calls its inner loss, or its ``calculate_loss``, once per length, and each call comes here.
+make.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +33,67 @@ _TIE = 4 * torch.finfo(torch.float32).eps
 _SYMMETRIC = ("query_to_doc", "doc_to_query")
 
 
-def ranking_loss(version: Version, loss: Any, embeddings: Any, labels: Any) -> Tensor | str:
+class Prefixes(NamedTuple):
+    """Lengths of the embeddings' prefixes and the weights of their losses."""
+
+    dims: Sequence[int]
+    dim_weights: Sequence[float]
+
+
+class Step(NamedTuple):
+    """A method of a loss, and what runs in its place."""
+
+    loss: str
+    method: str
+    replacement: Callable
+
+
+def steps(version: Version) -> tuple[Step, ...]:
+    """Of each in-batch loss the step that has embeddings already, where there is one."""
+    found = [
+        Step("MultipleNegativesRankingLoss", "compute_loss_from_embeddings", ranking_loss),
+        Step("CachedMultipleNegativesRankingLoss", "calculate_loss", cached_ranking_loss),
+        Step("CachedGISTEmbedLoss", "calculate_loss", cached_guided_loss),
+    ]
+    if version.guided_forward:
+        found.append(Step("GISTEmbedLoss", "forward", guided_loss))
+    if version.symmetric_class:
+        name = "MultipleNegativesSymmetricRankingLoss"
+        found.append(Step(name, "compute_loss_from_embeddings", symmetric_ranking_loss))
+        found.append(Step(f"Cached{name}", "calculate_loss", cached_symmetric_ranking_loss))
+    return tuple(found)
+
+
+def ranking_loss(
+    version: Version, loss: Any, embeddings: Any, labels: Any, prefixes: Prefixes | None = None
+) -> Tensor | str:
     """MultipleNegativesRankingLoss, and since 5.3 the symmetric one."""
-    return _ranking(version, loss, embeddings, getattr(loss, "directions", None))
+    return _ranking(version, loss, embeddings, getattr(loss, "directions", None), prefixes)
 
 
-def symmetric_ranking_loss(version: Version, loss: Any, embeddings: Any, labels: Any) -> Tensor | str:
+def symmetric_ranking_loss(
+    version: Version, loss: Any, embeddings: Any, labels: Any, prefixes: Prefixes | None = None
+) -> Tensor | str:
     """MultipleNegativesSymmetricRankingLoss where it is a class of its own."""
-    return _ranking(version, loss, embeddings, _SYMMETRIC)
+    return _ranking(version, loss, embeddings, _SYMMETRIC, prefixes)
 
 
-def cached_ranking_loss(version: Version, loss: Any, reps: Any, *args: Any, **kwargs: Any) -> Tensor | str:
-    return _cached(version, loss, reps, getattr(loss, "directions", None), args, kwargs)
-
-
-def cached_symmetric_ranking_loss(version: Version, loss: Any, reps: Any, *args: Any, **kwargs: Any) -> Tensor | str:
-    return _cached(version, loss, reps, _SYMMETRIC, args, kwargs)
-
-
-def _cached(version: Version, loss: Any, reps: Any, directions: Any, args: tuple, kwargs: dict) -> Tensor | str:
-    value = _ranking(version, loss, [torch.cat(column) for column in reps], directions)
+def cached_ranking_loss(
+    version: Version, loss: Any, reps: Any, *args: Any, prefixes: Prefixes | None = None, **kwargs: Any
+) -> Tensor | str:
+    value = _ranking(version, loss, _joined(reps), getattr(loss, "directions", None), prefixes)
     return _backward(value, args, kwargs)
+
+
+def cached_symmetric_ranking_loss(
+    version: Version, loss: Any, reps: Any, *args: Any, prefixes: Prefixes | None = None, **kwargs: Any
+) -> Tensor | str:
+    return _backward(_ranking(version, loss, _joined(reps), _SYMMETRIC, prefixes), args, kwargs)
+
+
+def _joined(reps: Any) -> list[Tensor]:
+    """The mini-batches of each column as one."""
+    return [torch.cat(column) for column in reps]
 
 
 def _backward(value: Tensor | str, args: tuple, kwargs: dict) -> Tensor | str:
@@ -62,11 +104,11 @@ def _backward(value: Tensor | str, args: tuple, kwargs: dict) -> Tensor | str:
     return value.detach()
 
 
-def _ranking(version: Version, loss: Any, columns: Any, directions: Any) -> Tensor | str:
+def _ranking(version: Version, loss: Any, columns: Any, directions: Any, prefixes: Prefixes | None) -> Tensor | str:
     similarity = _similarity(loss.similarity_fct)
     if not similarity:
         return "SF101"
-    reason = _plain_cross_entropy(loss) or _columns(columns) or _scale(loss.scale, columns[0])
+    reason = _plain_cross_entropy(loss) or _columns(columns, prefixes) or _scale(loss.scale, columns[0])
     if reason:
         return reason
     queries, documents = columns[0], columns[1:]
@@ -92,6 +134,7 @@ def _ranking(version: Version, loss: Any, columns: Any, directions: Any) -> Tens
         partition_mode=_partition(loss, directions),
         hardness_mode=getattr(loss, "hardness_mode", None),
         hardness_strength=getattr(loss, "hardness_strength", 0.0),
+        **_lengths(prefixes),
     )
     return value.to(_score_dtype(version, loss, queries))
 
@@ -100,34 +143,41 @@ def _partition(loss: Any, directions: tuple) -> Literal["joint", "per_direction"
     return getattr(loss, "partition_mode", "per_direction" if directions == _SYMMETRIC else "joint")
 
 
-def guided_loss(version: Version, loss: Any, sentence_features: Any, labels: Any) -> Tensor | str:
+def guided_loss(
+    version: Version, loss: Any, sentence_features: Any, labels: Any, prefixes: Prefixes | None = None
+) -> Tensor | str:
     """GISTEmbedLoss, whose ``forward`` is one piece: from texts to loss."""
     sentence_features = list(sentence_features)
     reason = _guided_reason(version, loss) or _runs_on(loss.model)
     if reason or len(sentence_features) not in (2, 3):
         return reason or "SF107"
-    embed = version.embed_columns or _embed_columns
     # From 6.0 on the guide gets the features as they were; before, with what the model has written into them.
     guide_features = [dict(features) for features in sentence_features] if version.embed_columns else sentence_features
-    embeddings = embed(loss.model, sentence_features)
+    embeddings = embed_columns(version, loss.model, sentence_features)
     with torch.no_grad():
         if loss.must_retokenize:
             guide_features = [_for_the_guide(loss, features) for features in sentence_features]
-        guided = embed(loss.guide, guide_features)
-    return _guided(loss, embeddings, guided)
+        guided = embed_columns(version, loss.guide, guide_features)
+    return _guided(loss, embeddings, guided, prefixes)
 
 
 def cached_guided_loss(
-    version: Version, loss: Any, reps: Any, reps_guided: Any, *args: Any, **kwargs: Any
+    version: Version,
+    loss: Any,
+    reps: Any,
+    reps_guided: Any,
+    *args: Any,
+    prefixes: Prefixes | None = None,
+    **kwargs: Any,
 ) -> Tensor | str:
     if len(reps) != len(reps_guided):
         return "SF107"
-    columns, guided = ([torch.cat(column) for column in side] for side in (reps, reps_guided))
-    reason = _guided_reason(version, loss) or _columns(columns) or _columns(guided)
-    return _backward(reason or _guided(loss, columns, guided), args, kwargs)
+    columns, guided = _joined(reps), _joined(reps_guided)
+    reason = _guided_reason(version, loss) or _columns(columns, prefixes) or _columns(guided)
+    return _backward(reason or _guided(loss, columns, guided, prefixes), args, kwargs)
 
 
-def _guided(loss: Any, columns: list[Tensor], guided: list[Tensor]) -> Tensor:
+def _guided(loss: Any, columns: list[Tensor], guided: list[Tensor], prefixes: Prefixes | None) -> Tensor:
     anchors, *documents = columns
     guide_anchors, *guide_documents = guided
     offset = 0
@@ -148,12 +198,16 @@ def _guided(loss: Any, columns: list[Tensor], guided: list[Tensor]) -> Tensor:
         guide=(guide_anchors, torch.cat(guide_documents)),
         margin_strategy=loss.margin_strategy,
         margin=loss.margin - _TIE,
+        **_lengths(prefixes),
     )
     # The original's cosines have the dtype of the embeddings.
     return value.to(_cross_entropy_dtype(anchors, anchors.dtype))
 
 
-def _embed_columns(model: Any, sentence_features: list) -> list[Tensor]:
+def embed_columns(version: Version, model: Any, sentence_features: list) -> list[Tensor]:
+    """As the losses of this version do it."""
+    if version.embed_columns is not None:
+        return version.embed_columns(model, sentence_features)
     return [model(features)["sentence_embedding"] for features in sentence_features]
 
 
@@ -196,8 +250,12 @@ def _runs_on(model: Any) -> str:
     return guards.device(first.device.type) or ("" if first.dtype in registry.KERNEL_DTYPES else "SF102")
 
 
-def _columns(columns: Any) -> str:
-    """Two or more matrices of embeddings, all of one shape, dtype and device."""
+def _lengths(prefixes: Prefixes | None) -> dict[str, Any]:
+    return {} if prefixes is None else prefixes._asdict()
+
+
+def _columns(columns: Any, prefixes: Prefixes | None = None) -> str:
+    """Two or more matrices of embeddings, all of one shape, dtype and device, and no shorter than the prefixes."""
     if len(columns) < 2:
         return "SF107"
     reason = next(filter(None, map(guards.tensor, columns)), "")
@@ -205,6 +263,8 @@ def _columns(columns: Any) -> str:
         return reason
     first = columns[0]
     if first.ndim != 2 or any(x.shape != first.shape for x in columns):
+        return "SF107"
+    if prefixes is not None and max(prefixes.dims) > first.shape[1]:
         return "SF107"
     if any(x.dtype != first.dtype for x in columns):
         return "SF102"

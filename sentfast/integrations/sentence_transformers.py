@@ -14,8 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sentfast.integrations import evaluation, losses, mark, modules, search, similarity, trampolines, workers
-from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, prepared, rewritten, within
+from sentfast.integrations import (
+    evaluation,
+    losses,
+    mark,
+    matryoshka,
+    modules,
+    search,
+    similarity,
+    trampolines,
+    workers,
+)
+from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, prepared, rewritten, with_original, within
 from sentfast.integrations.versions import TESTED, Version, find, tested
 from sentfast.report import fallback, logger
 from sentfast.switch import Site
@@ -57,22 +67,14 @@ def table(version: Version) -> tuple[Row, ...]:
 
 
 def _losses(version: Version) -> tuple[Row, ...]:
-    """The in-batch losses, at the step that has embeddings already where there is one."""
-
-    def row(name: str, attribute: str, replacement: Callable) -> Row:
-        return Row(f"{version.loss_module(name)}:{name}", attribute, replacement, accelerated_loop)
-
+    """The in-batch losses, and the one that calls them with prefixes of the embeddings."""
     rows = [
-        row("MultipleNegativesRankingLoss", "compute_loss_from_embeddings", losses.ranking_loss),
-        row("CachedMultipleNegativesRankingLoss", "calculate_loss", losses.cached_ranking_loss),
-        row("CachedGISTEmbedLoss", "calculate_loss", losses.cached_guided_loss),
+        Row(f"{version.loss_module(step.loss)}:{step.loss}", step.method, step.replacement, accelerated_loop)
+        for step in losses.steps(version)
     ]
-    if version.guided_forward:
-        rows.append(row("GISTEmbedLoss", "forward", losses.guided_loss))
-    if version.symmetric_class:
-        name = "MultipleNegativesSymmetricRankingLoss"
-        rows.append(row(name, "compute_loss_from_embeddings", losses.symmetric_ranking_loss))
-        rows.append(row(f"Cached{name}", "calculate_loss", losses.cached_symmetric_ranking_loss))
+    module = version.loss_module("MatryoshkaLoss")
+    rows.append(Row(f"{module}:MatryoshkaLoss", "forward", matryoshka.matryoshka_loss, with_original))
+    rows.append(Row(f"{module}:CachedLossDecorator", "__call__", matryoshka.cached_matryoshka_loss, with_original))
     return tuple(rows)
 
 
@@ -85,7 +87,7 @@ def _searches(version: Version) -> tuple[Row, ...]:
     rows.append(Row(_NEGATIVES, "mine_hard_negatives", evaluation.search_through, rewritten))
     for name in version.evaluator_methods:
         owner = f"{version.evaluator}:InformationRetrievalEvaluator"
-        rows.append(Row(owner, name, evaluation.retrieval_metrics, evaluation.with_original))
+        rows.append(Row(owner, name, evaluation.retrieval_metrics, with_original))
     return tuple(rows)
 
 

@@ -75,6 +75,7 @@ _LOSS_FILES = {
     "CachedMultipleNegativesRankingLoss": "cached_multiple_negatives_ranking",
     "GISTEmbedLoss": "gist_embed",
     "CachedGISTEmbedLoss": "cached_gist_embed",
+    "MatryoshkaLoss": "matryoshka",
 }
 _MODELS = "sentence_transformers.models."
 _MODULES = "sentence_transformers.sentence_transformer.modules."

@@ -1,0 +1,95 @@
+"""MatryoshkaLoss over an in-batch loss: one call for all lengths, where the original runs the inner loss once for each.
+
+Everything else is left to the original's loop, in which the inner loss decides for itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sentfast.integrations import losses
+from sentfast.integrations.losses import Prefixes
+from sentfast.integrations.versions import Version
+
+
+def matryoshka_loss(
+    version: Version, name: str, original: Callable, loss: Any, sentence_features: Any, labels: Any
+) -> Tensor:
+    sentence_features, state = list(sentence_features), random.getstate()
+    result = _from_features(version, loss, sentence_features, labels)
+    if result is None:
+        random.setstate(state)
+        return original(loss, sentence_features, labels)
+    return result
+
+
+def cached_matryoshka_loss(
+    version: Version, name: str, original: Callable, decorator: Any, reps: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """What a cached loss calls in place of its ``calculate_loss``."""
+    function, state = decorator.fn, random.getstate()
+    step = _step(version, getattr(function, "__func__", None))
+    if step is not None:
+        value = step(version, function.__self__, reps, *args, prefixes=_prefixes(decorator), **kwargs)
+        if not isinstance(value, str):
+            return value
+        random.setstate(state)
+    return original(decorator, reps, *args, **kwargs)
+
+
+def _from_features(version: Version, loss: Any, sentence_features: list, labels: Any) -> Tensor | None:
+    """The sum over the lengths; None where the original has to make it."""
+    inner = loss.loss
+    if getattr(inner, "model", None) is not loss.model or "forward" in vars(inner):
+        return None
+    guided = _step(version, type(inner).forward)
+    if guided is not None:
+        # Before 6.0 a guide writes over the embeddings of all lengths but the first; with dropout each has its own.
+        if version.embed_columns is None or _drops_out(inner.guide):
+            return None
+        value = guided(version, inner, sentence_features, labels, prefixes=_prefixes(loss))
+        return None if isinstance(value, str) else value
+    ranking = _step(version, getattr(type(inner), "compute_loss_from_embeddings", None))
+    if ranking is None or "compute_loss_from_embeddings" in vars(inner):
+        return None
+    if type(inner).forward.__module__ != type(inner).compute_loss_from_embeddings.__module__:
+        return None
+    embeddings, prefixes = losses.embed_columns(version, inner.model, sentence_features), _prefixes(loss)
+    value = ranking(version, inner, embeddings, labels, prefixes=prefixes)
+    return _one_by_one(version, inner, embeddings, labels, prefixes) if isinstance(value, str) else value
+
+
+def _one_by_one(version: Version, inner: Any, embeddings: list[Tensor], labels: Any, prefixes: Prefixes) -> Tensor:
+    """The original's loop, over embeddings that are made already."""
+    shrink = importlib.import_module(version.loss_module("MatryoshkaLoss")).shrink
+    total: Any = 0.0
+    for dim, weight in zip(*prefixes, strict=True):
+        total += weight * inner.compute_loss_from_embeddings([shrink(x, dim) for x in embeddings], labels)
+    return total
+
+
+def _step(version: Version, method: Any) -> Callable | None:
+    """What runs in place of a method, if it is one of sentence-transformers' own."""
+    for step in losses.steps(version):
+        names = version.loss_module(step.loss), f"{step.loss}.{step.method}"
+        if names == (getattr(method, "__module__", None), getattr(method, "__qualname__", None)):
+            return step.replacement
+    return None
+
+
+def _drops_out(guide: nn.Module) -> bool:
+    return any(isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0 for x in guide.modules())
+
+
+def _prefixes(loss: Any) -> Prefixes:
+    """The lengths of this step and their weights."""
+    dims, weights = loss.matryoshka_dims, loss.matryoshka_weights
+    chosen: Any = range(len(dims))
+    if 0 < loss.n_dims_per_step < len(dims):
+        chosen = random.sample(chosen, loss.n_dims_per_step)
+    return Prefixes([dims[i] for i in chosen], [weights[i] for i in chosen])
