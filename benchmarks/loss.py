@@ -63,7 +63,7 @@ PREFIXES = (1024, 768, 512, 256, 128, 64, 32)
 TITLES = {
     "mnrl": "MultipleNegativesRankingLoss",
     "gist": "GISTEmbedLoss",
-    "matryoshka": f"MatryoshkaLoss over it, {len(PREFIXES)} lengths",
+    "matryoshka": f"MatryoshkaLoss over MultipleNegativesRankingLoss, {len(PREFIXES)} lengths",
 }
 
 

@@ -220,8 +220,10 @@ def small_losses(monkeypatch):
         "mnrl_8192": loss.Case("mnrl", 32, 16, faster=2.5, megabytes=80),
         "mnrl_65536": loss.Case("mnrl", 48, 16, megabytes=1000, ours_only=True),
         "gist_256": loss.Case("gist", 16, 16, faster=10.0, memory_share=0.05),
+        "matryoshka_2048": loss.Case("matryoshka", 16, 16, faster=1.0),
     }
     monkeypatch.setattr(loss, "CASES", cases)
+    monkeypatch.setattr(loss, "PREFIXES", (16, 8))
     monkeypatch.setattr(loss, "rows_of", lambda case, quick: case.rows)
     monkeypatch.setattr(timing, "SWEEP_BYTES", 1 << 20)
 
@@ -234,13 +236,13 @@ def run_losses_here(monkeypatch):
 def test_loss_rows(monkeypatch):
     small_losses(monkeypatch)
     rows = finished(loss, run_losses_here(monkeypatch), "loss")
-    assert list(rows) == ["loss_mnrl_1024", "loss_mnrl_8192", "loss_gist_256"]
+    assert list(rows) == ["loss_mnrl_1024", "loss_mnrl_8192", "loss_gist_256", "loss_matryoshka_2048"]
     for row in rows.values():
         assert set(row["seconds"]) == {STOCK, OURS} and row["targets"]["speed"]["got"] > 0
         assert max(row["errors"][OURS]) < 1e-3
     assert rows["loss_mnrl_8192"]["targets"]["memory"]["got"] is not None
     assert rows["loss_gist_256"]["targets"]["memory"]["got"] is None, "a quick run measures the memory of one case"
-    assert training_report.loss(list(rows.values())).count("\n") == 5
+    assert training_report.loss(list(rows.values())).count("\n") == 6
 
 
 @pytest.mark.parametrize("ran", [True, False])
