@@ -22,7 +22,8 @@ TABLE = "loss"
 QUICK_SHRINK, QUICK_MEMORY = 32, "mnrl_8192"
 CHECKED_ROWS = 512  # so many are checked against float64
 BUDGET = 12.0
-NOISE = {"mnrl": 3.0, "matryoshka": 3.0, "gist": 8.0}  # of a positive beside its anchor: so much that the loss is far from 0
+# Of a positive beside its anchor: so much that the loss is far from 0.
+NOISE = {"mnrl": 3.0, "matryoshka": 3.0, "gist": 8.0}
 ALLOWED_EPS = 16  # err(sentfast) <= 2 * err(stock) + ALLOWED_EPS * eps
 AGREES = 1e-4  # the loss of all rows, where float64 would take too long
 BLOCK = 1024
