@@ -267,10 +267,8 @@ def test_adapters_drop_as_in_transformers() -> None:
 
 
 def test_adapters_that_do_more_go_to_the_original() -> None:
-    """Evaluation, where the adapters' matrices are no part of the packed ones, other code, and a variant of LoRA."""
+    """Other code, and a variant of LoRA."""
     model, inputs = with_adapters("bert", SOME), encoders.batch(LENGTHS)
-    with torch.no_grad(), encoders.ran("BertModel.forward", "SF108"):
-        model.eval()(**inputs)
     model.encoder.layer[0].attention.self.query.forward = lambda x: x
     with encoders.ran("BertModel.forward", "SF108"):
         model.train()(**inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sentfast import native
-from sentfast.encoder import arguments, choice
+from sentfast.encoder import adapters, arguments, choice
 from sentfast.encoder.architecture import architecture_of
 from sentfast.encoder.composed import Composed
 from sentfast.encoder.device import composed
@@ -138,6 +138,7 @@ class _Entry:
         self.structure = Structure(model)
         self.found = examine(model)
         self.state = State(self.structure.parameters) if isinstance(self.found, Parts) else None
+        self.switches = self._switches()
         self.encoders: dict[torch.dtype, Encoder | Composed] = {}
 
     def current(self) -> bool:
@@ -146,16 +147,22 @@ class _Entry:
             return False
         return self.state is not None or self.structure.same_kinds()
 
+    def same_values(self) -> bool:
+        """What a covered model's layers compute with."""
+        assert self.state is not None
+        return self.state.current() and self.switches == self._switches()
+
+    def _switches(self) -> list[tuple[Any, ...]]:
+        return adapters.switches(self.found.adapted) if isinstance(self.found, Parts) and self.found.adapted else []
+
     def with_new_weights(self) -> _Entry:
         twin = copy.copy(self)
-        twin.state, twin.encoders = State(self.structure.parameters), {}
+        twin.state, twin.switches, twin.encoders = State(self.structure.parameters), self._switches(), {}
         return twin
 
     def keeps_weights(self, newer: _Entry) -> bool:
         """Only attributes have changed: the packed weights stay good."""
-        return (
-            self.state is not None and newer.state is not None and self.structure.same_parts() and self.state.current()
-        )
+        return self.state is not None and newer.state is not None and self.structure.same_parts() and self.same_values()
 
 
 _table: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
@@ -190,7 +197,7 @@ def _renewed(model: nn.Module) -> _Entry:
     """After a change of dtype or device examined anew, after one of values with nothing packed."""
     with _lock:
         entry = _entry(model)
-        if entry.state is not None and not entry.state.current():
+        if entry.state is not None and not entry.same_values():
             entry = entry.with_new_weights() if entry.structure.same_kinds() else _Entry(model)
             _table[model] = entry
         return entry
@@ -212,7 +219,10 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
 def encoder_or_parts(
     model: nn.Module, precision: str = "match", *, inside: bool = False, trains: bool = True
 ) -> Encoder | Composed | Parts | str:
-    """As :func:`encoder_of`, but the model's parts where a gradient is needed or dropout active, if it `trains`."""
+    """As :func:`encoder_of`, but if it `trains` the model's parts where they have to run as steps.
+
+    That is with a gradient, with active dropout, and with LoRA adapters for which no matrix stands.
+    """
     choice.check_precision(precision)
     entry = _covered(model, inside)
     if isinstance(entry, str):
@@ -220,12 +230,12 @@ def encoder_or_parts(
     # In training every step changes the weights, which need not be looked at.
     if entry.structure.drops() or (torch.is_grad_enabled() and entry.structure.requires_grad()):
         return _parts(model, entry) if trains else "SF122"
-    if not entry.state.current():  # type: ignore[union-attr]  # of a covered model
+    if isinstance(entry.found, Parts) and not _foldable(entry.found):
+        return _parts(model, entry) if trains else "SF108"
+    if not entry.same_values():
         entry = _renewed(model)
     if isinstance(entry.found, Refusal):
         return entry.found.code
-    if entry.found.adapted:
-        return "SF108"
     kind = entry.found.device.type
     reason = guards.device(kind)
     if reason:
@@ -239,6 +249,14 @@ def encoder_or_parts(
         dtype = _compute_dtype(entry.found, precision)
     encoder = entry.encoders.get(dtype)
     return _packed(entry, dtype) if encoder is None else encoder
+
+
+def _foldable(parts: Parts) -> bool:
+    """Whether plain matrices stand for all layers. In half precision their rounding would be added to PEFT's."""
+    if not parts.adapted:
+        return True
+    on_cpu_in_full = parts.dtype == torch.float32 and not composed(parts.device)
+    return on_cpu_in_full and all(map(adapters.foldable, parts.adapted))
 
 
 def _parts(model: nn.Module, entry: _Entry) -> Parts | str:
@@ -318,8 +336,10 @@ def refusal_of(model: nn.Module) -> Refusal | None:
     found = _renewed(model).found
     if isinstance(found, Refusal):
         return found
-    if found.adapted:
-        return Refusal("SF108", "LoRA adapters, with which only training is packed")
+    if not _foldable(found):
+        return Refusal(
+            "SF108", "LoRA adapters in half precision, on a GPU or in a form that no plain matrix stands for"
+        )
     own = vars(model)
     implementation = vars(own["config"]).get("_attn_implementation_internal")
     if implementation not in ATTENTION_IMPLEMENTATIONS:

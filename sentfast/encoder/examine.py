@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sentfast.encoder.adapters import adapted
 from sentfast.encoder.architecture import MODEL_TYPES, Architecture, architecture_of
 from sentfast.encoder.device import composed
 from sentfast.encoder.tables import Tables
@@ -81,7 +82,7 @@ class Parts:
     """A covered model taken apart. Holds parts of the model, never the model itself.
 
     Attributes:
-        adapted: some of the linear layers have LoRA adapters, and are called as modules.
+        adapted: the linear layers with LoRA adapters.
         activation: index in ``reference.ACTIVATIONS``.
         windows: per layer the largest distance of a key, -1 for any; empty if that holds in every layer.
         padding_idx: the token id that does not count as a position, None if all do.
@@ -93,7 +94,7 @@ class Parts:
     """
 
     architecture: Architecture
-    adapted: bool
+    adapted: tuple[nn.Module, ...]
     words: nn.Embedding
     positions: nn.Embedding | None
     token_types: nn.Embedding | None
@@ -145,14 +146,6 @@ def inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in model.named_children():
         if name != "pooler":
             yield from child.named_modules(prefix=name)
-
-
-def adapted(module: nn.Module) -> bool:
-    """A linear layer with LoRA adapters, none of a variant, under PEFT's own code: it treats every row by itself."""
-    lora = sys.modules.get("peft.tuners.lora.layer")
-    if lora is None or type(module) is not lora.Linear or getattr(module, "lora_variant", None) != {}:
-        return False
-    return "forward" not in vars(module) and lora.Linear.forward.__module__ == lora.__name__
 
 
 def foreign(function: Any) -> bool:
@@ -290,7 +283,7 @@ def _take_apart(model: nn.Module, architecture: Architecture) -> Parts:
     padding_idx = attrgetter(architecture.padding_idx)(model) if architecture.padding_idx else None
     return Parts(
         architecture=architecture,
-        adapted=any(adapted(module) for _, module in inner_modules(model)),
+        adapted=tuple(module for _, module in inner_modules(model) if adapted(module)),
         words=words,
         positions=positions,
         token_types=token_types,

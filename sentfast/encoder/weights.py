@@ -1,7 +1,7 @@
 """The operator's `weights` list, made of the model's own parameters.
 
 Tables, norms and biases in the right dtype are the parameters themselves, and so are the matrices of a large model in
-float32. Only other matrices are copied, into panels.
+float32. Only other matrices are copied, into panels, and those that adapters add to.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sentfast.encoder import adapters
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.encoder import pack_panels
 from sentfast.reference import PANEL, Embedding, Layer
@@ -50,7 +51,7 @@ def pack(parts: Parts, compute_dtype: torch.dtype, small_too: bool = False) -> l
         token_types=_table(parts.token_types),
         norm_weight=_float(parts.embedding_norm.weight),
         norm_bias=_float(parts.embedding_norm.bias),
-        projection_weight=_empty() if parts.projection is None else matrix([parts.projection.weight]),
+        projection_weight=_empty() if parts.projection is None else matrix([adapters.weight(parts.projection)]),
         projection_bias=_empty() if parts.projection is None else _bias([parts.projection], always=True),
         attention_bias=_attention_bias(parts),
         rotary=_rotary(parts),
@@ -77,20 +78,20 @@ def panels(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _layer(layer: LayerParts, matrix: Matrix, stays: bool) -> Layer:
     first, second = layer.attention_norm, layer.feed_forward_norm
-    query, *others = [linear.weight for linear in layer.qkv]
+    query, *others = map(adapters.weight, layer.qkv)
     apart = stays and bool(others)  # key and value, which panels hold below the query
     return Layer(
         qkv_weight=matrix([query, *others]),
         key_weight=matrix(others[:1]) if apart else _empty(),
         value_weight=matrix(others[1:]) if apart else _empty(),
         qkv_bias=_bias(layer.qkv),
-        output_weight=matrix([layer.output.weight]),
+        output_weight=matrix([adapters.weight(layer.output)]),
         output_bias=_bias([layer.output]),
         attention_norm_weight=_empty() if first is None else _float(first.weight),
         attention_norm_bias=_empty() if first is None else _float(first.bias),
-        up_weight=matrix([layer.up.weight]),
+        up_weight=matrix([adapters.weight(layer.up)]),
         up_bias=_bias([layer.up]),
-        down_weight=matrix([layer.down.weight]),
+        down_weight=matrix([adapters.weight(layer.down)]),
         down_bias=_bias([layer.down]),
         feed_forward_norm_weight=_float(second.weight),
         feed_forward_norm_bias=_float(second.bias),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sentfast.encoder import adapters
 from sentfast.integrations import transformers
 from sentfast.integrations.versions import Version
 
@@ -13,4 +14,4 @@ from sentfast.integrations.versions import Version
 def before_forward(version: Version, module: Any, *args: Any, **kwargs: Any) -> None:
     """All bookkeeping stays with the original, which calls the base model's patched ``forward``."""
     if isinstance(module.auto_model, torch.nn.Module):
-        transformers.mark(module.auto_model)
+        transformers.mark(adapters.inside(module.auto_model))
