@@ -3,17 +3,13 @@
 //
 // Of several prefixes each goes on from the products of the one before, and the gradient of a column of the embeddings
 // is one product with the sum over the prefixes that hold it: together as many multiplications as the longest alone.
-#include <algorithm>
-#include <memory>
-#include <optional>
 #include <tuple>
 
-#include "tensors.h"
+#include "losses_sides.h"
 
 namespace sentfast::cpu {
 namespace {
 
-constexpr float kEps = 1e-12f;
 // More rows at a time gain nothing, and fewer keep a block's scores in the caches.
 constexpr int64_t kMostRows = 512;
 // Multiply-adds below which a product is not worth a second thread.
@@ -21,9 +17,6 @@ constexpr int64_t kSmallProduct = 1 << 19;
 
 enum Direction : int64_t { kQueryToDoc, kQueryToQuery, kDocToQuery, kDocToDoc };
 enum Hardness : int64_t { kNoHardness, kInBatchNegatives, kHardNegatives, kAllNegatives };
-
-using Optional = std::optional<Tensor>;
-using Floats = std::unique_ptr<float[]>;
 
 // c = a b^T in tasks of whole panels of columns, or of rows where there are few columns.
 void multiply(const Matrix& m, MatrixFn kernel) {
@@ -41,134 +34,6 @@ void multiply(const Matrix& m, MatrixFn kernel) {
     const int64_t from = begin * step, to = std::min(end * step, size);
     run(by_columns ? Block{0, m.rows, from, to} : Block{from, to, 0, m.columns});
   });
-}
-
-// Embeddings in rows that lie at one distance, with the norms of their prefixes.
-struct Embeddings {
-  Tensor x;
-  int64_t rows, dim, stride;
-  int dtype;
-  Floats norms, reciprocals;  // [prefixes, rows]; nullptr: not divided by
-
-  Embeddings(const Tensor& given, const std::vector<int64_t>& dims, bool cosine, const char* name)
-      : x(given), dtype(dtype_index(given, name)) {
-    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, ": expected a CPU tensor of two dimensions");
-    rows = x.size(0);
-    dim = x.size(1);
-    if (dim > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
-    stride = x.stride(0);
-    if (!cosine) return;
-    const int64_t count = static_cast<int64_t>(dims.size());
-    norms.reset(new float[count * rows]);
-    reciprocals.reset(new float[count * rows]);
-    const NormalizeFn kernel = kernels().normalize[dtype];
-    for (int64_t k = 0; k < count; ++k) {
-      float *norm = norms.get() + k * rows, *reciprocal = reciprocals.get() + k * rows;
-      const Normalize p = {dims[static_cast<size_t>(k)], {x.const_data_ptr(), stride}, nullptr, norm, kEps};
-      torch::stable::parallel_for(0, rows, grain(p.dim), [&](int64_t begin, int64_t end) {
-        kernel(p, begin, end);
-        for (int64_t i = begin; i < end; ++i) reciprocal[i] = 1.0f / (norm[i] < kEps ? kEps : norm[i]);
-      });
-    }
-  }
-  const float* norm(int64_t prefix, int64_t row) const { return norms ? norms.get() + prefix * rows + row : nullptr; }
-  const float* reciprocal(int64_t prefix, int64_t row) const {
-    return reciprocals ? reciprocals.get() + prefix * rows + row : nullptr;
-  }
-  Operand from(int64_t row, int64_t column) const {
-    const int64_t element = row * stride + column;
-    return {static_cast<const char*>(x.const_data_ptr()) + element * static_cast<int64_t>(x.element_size()), stride, 1};
-  }
-  // The same seen as [dim, rows].
-  Operand turned_from(int64_t row, int64_t column) const { return {from(row, column).data, 1, stride}; }
-};
-
-struct Side {
-  Embeddings x;
-  std::optional<Embeddings> guide;
-  std::vector<int64_t> dims;  // of the prefixes, ascending
-  std::vector<int32_t> ids;
-  Tensor gradient;           // float32, dense; only where one is wanted
-  Tensor result;             // in the dtype of x
-  std::vector<float> along;  // [prefixes, rows] how much of x is in the gradient, with several prefixes
-
-  Side(const Tensor& given, const std::vector<int64_t>& prefixes, bool cosine, const Optional& guides, const char* name)
-      : x(given, prefixes, cosine, name), dims(prefixes) {
-    if (!guides) return;
-    guide.emplace(*guides, std::vector<int64_t>{guides->size(1)}, true, "guide");
-    STD_TORCH_CHECK(guide->rows == x.rows, "guide: expected as many rows as ", name);
-  }
-  bool one_prefix() const { return dims.size() == 1; }
-  float* gradient_from(int64_t row, int64_t column) {
-    return static_cast<float*>(gradient.mutable_data_ptr()) + row * x.dim + column;
-  }
-
-  void start_gradient() {
-    gradient = new_tensor({x.rows, x.dim}, ScalarType::Float);
-    result = x.dtype == 0 ? gradient : new_tensor({x.rows, x.dim}, x.x.scalar_type());
-    float* data = gradient_from(0, 0);
-    torch::stable::parallel_for(0, x.rows, grain(x.dim), [&](int64_t begin, int64_t end) {
-      std::fill(data + begin * x.dim, data + end * x.dim, 0.0f);
-    });
-    if (!one_prefix()) along.assign(dims.size() * static_cast<size_t>(x.rows), 0.0f);
-  }
-  void finish_gradient() {
-    sum_along();
-    int64_t begin = 0;
-    for (size_t k = 0; k < dims.size(); ++k) {
-      const int64_t prefix = static_cast<int64_t>(k);
-      finish_columns(begin, dims[k], one_prefix() ? x.norm(0, 0) : nullptr,
-                     one_prefix() ? nullptr : along.data() + prefix * x.rows);
-      begin = dims[k];
-    }
-    if (begin < x.dim) finish_columns(begin, x.dim, nullptr, nullptr);
-  }
-
- private:
-  // A column is in every prefix that reaches it: from the sums of each prefix to those of it and the longer ones.
-  void sum_along() {
-    for (int64_t k = static_cast<int64_t>(dims.size()) - 1; !along.empty() && k >= 0; --k) {
-      float* sums = along.data() + k * x.rows;
-      const float* norm = x.norm(k, 0);
-      for (int64_t i = 0; i < x.rows; ++i) {
-        sums[i] = norm[i] < kEps ? 0.0f : sums[i] / norm[i] / norm[i];
-        if (k + 1 < static_cast<int64_t>(dims.size())) sums[i] += sums[x.rows + i];
-      }
-    }
-  }
-  void finish_columns(int64_t begin, int64_t end, const float* norm, const float* parts) {
-    const Project p = {end - begin,
-                       {x.from(0, begin).data, x.stride},
-                       norm,
-                       parts,
-                       {gradient_from(0, begin), x.dim},
-                       static_cast<char*>(result.mutable_data_ptr()) + begin * element_bytes(result.scalar_type()),
-                       x.dim,
-                       kEps};
-    const ProjectFn kernel = kernels().project[x.dtype];
-    torch::stable::parallel_for(0, x.rows, grain(2 * p.dim), [&](int64_t from, int64_t to) { kernel(p, from, to); });
-  }
-};
-
-// Small numbers that are equal where the ids are.
-std::vector<int32_t> numbered(const Tensor& given, int64_t count, const char* name) {
-  const Tensor ids = torch::stable::contiguous(given);
-  const bool wide = ids.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int, name, ": expected int64 or int32");
-  STD_TORCH_CHECK(ids.is_cpu() && ids.dim() == 1 && ids.size(0) == count, name, ": expected ", count, " ids");
-  std::vector<int64_t> values(count);
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = wide ? static_cast<const int64_t*>(ids.const_data_ptr())[i]
-                     : static_cast<const int32_t*>(ids.const_data_ptr())[i];
-  }
-  std::vector<int64_t> known = values;
-  std::sort(known.begin(), known.end());
-  known.erase(std::unique(known.begin(), known.end()), known.end());
-  std::vector<int32_t> numbers(count);
-  for (int64_t i = 0; i < count; ++i) {
-    numbers[i] = static_cast<int32_t>(std::lower_bound(known.begin(), known.end(), values[i]) - known.begin());
-  }
-  return numbers;
 }
 
 struct Settings {
