@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from brute_force import exact
+from gloo import run_in_two
 
 import sentfast
 from sentfast import search
@@ -526,24 +526,7 @@ def test_shards_find_what_one_corpus_finds(tmp_path):
     queries, rows = torch.randn(11, 16), rows_with_ties(100, 16)
     torch.save(rows, tmp_path / "rows.pt")
     torch.save(queries, tmp_path / "queries.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).parent
-    paths = os.pathsep.join(filter(None, [str(here.parent), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(here / "search_worker.py"), str(tmp_path)],
-            env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors.decode()
+    run_in_two("search_worker.py", str(tmp_path))
     scores = exact(queries, rows)
     products = exact(queries, rows, "dot")
     products[(products < 0.5) | (products > 2)] = -float("inf")

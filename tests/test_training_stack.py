@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from gloo import run_in_two
 from sentence_transformers import InputExample, SentenceTransformer, losses
 from sentence_transformers.evaluation import (
     EmbeddingSimilarityEvaluator,
@@ -272,25 +268,9 @@ def test_a_loop_in_plain_pytorch(path):
 
 def distributed(path: str, folder: Path) -> list[dict]:
     """What two processes over gloo have found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     trainer = all(importlib.util.find_spec(name) for name in ("datasets", "accelerate"))
-    worker = str(Path(__file__).parent / "distributed_worker.py")
-    command = [sys.executable, "-W", "ignore", worker, path, str(folder), "trainer" if trainer else "no trainer"]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(2)]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for environment in ranks
-    ]
-    try:
-        with ThreadPoolExecutor() as pool:  # reads both, so that neither waits with a full pipe
-            outputs = list(pool.map(lambda process: process.communicate(timeout=300)[0], processes))
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in outputs)
+    arguments = path, str(folder), "trainer" if trainer else "no trainer"
+    run_in_two("distributed_worker.py", *arguments, OMP_NUM_THREADS="1")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
