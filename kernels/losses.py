@@ -41,7 +41,8 @@ def _statistics_kernel(
     column_scale,
     ids,
     scale,
-    log_sums,
+    tops,
+    totals,
     means,
     positives,
     columns,
@@ -52,7 +53,11 @@ def _statistics_kernel(
     HARDNESS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row: scores become similarities, -inf where left out; their log-sum-exp and softmax mean."""
+    """One program per row: scores become similarities, -inf where left out.
+
+    Of the logits the largest (0 where it is not finite) and the sum of exponentials of their distance from it, and the
+    softmax mean of the similarities.
+    """
     row = tl.program_id(0).to(tl.int64)
     own = row + first_own
     scores += row * columns
@@ -96,7 +101,8 @@ def _statistics_kernel(
         moment = moment * kept + tl.sum(tl.where(exponential > 0, exponential * value, 0.0), 0)
         most = top
         shift = new_shift
-    tl.store(log_sums + row, shift + tl.log(total))
+    tl.store(tops + row, shift)
+    tl.store(totals + row, total)
     tl.store(means + row, tl.where(total == 0, 0.0, moment / total))  # 0: all are left out
 
 
@@ -106,7 +112,8 @@ def _gradient_kernel(
     row_scale,
     column_scale,
     scale,
-    log_sums,
+    tops,
+    totals,
     weights,
     columns,
     first_own,
@@ -126,7 +133,7 @@ def _gradient_kernel(
     factor = tl.load(scale)
     value = tl.load(scores + column, mask=inside, other=-INFINITY)
     logit = _logit(value, column, own, period, factor, strength, HARDNESS)
-    gradient = tl.exp(logit - tl.load(log_sums + row)) * share
+    gradient = tl.exp(logit - tl.load(tops + row)) * (share / tl.load(totals + row))
     if FIRST:
         gradient -= tl.where(column == own, 1.0, 0.0)
     gradient *= factor * tl.load(weights + row)
@@ -139,10 +146,10 @@ def _block(columns: int) -> int:
     return min(max(triton.next_power_of_2(columns), 16), 1024)
 
 
-def _statistics(segment: Segment, row: Row, limits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp, softmax mean of the similarities and similarity of the own column, [rows] each."""
+def _statistics(segment: Segment, row: Row, limits: Tensor | None) -> Tensor:
+    """Largest logit, sum of exponentials, softmax mean of the similarities, similarity of the own column: [4, rows]."""
     rows, columns = segment.scores.shape
-    log_sums, means, positives = segment.scores.new_empty(3, rows)
+    found = segment.scores.new_empty(4, rows)
     _statistics_kernel[(rows,)](
         segment.scores,
         segment.guide,
@@ -151,9 +158,7 @@ def _statistics(segment: Segment, row: Row, limits: Tensor | None) -> tuple[Tens
         segment.column_scale,
         segment.ids,
         row.scale,
-        log_sums,
-        means,
-        positives,
+        *found,
         columns,
         segment.own,
         segment.period,
@@ -163,10 +168,19 @@ def _statistics(segment: Segment, row: Row, limits: Tensor | None) -> tuple[Tens
         BLOCK=_block(columns),
         num_warps=4,
     )
-    return log_sums, means, positives
+    return found
 
 
-def _differentiate(segment: Segment, row: Row, log_sums: Tensor, weights: Tensor, first: bool) -> None:
+def _joined(tops: Tensor, totals: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One softmax over all segments, [segments, rows] each; a segment of which all is left out has the total 0."""
+    tops = tops.masked_fill(totals == 0, -torch.inf)
+    top = tops.amax(dim=0).nan_to_num(neginf=0.0)
+    parts = totals * torch.exp(tops - top)
+    total = parts.sum(dim=0)
+    return top.expand_as(tops), total.expand_as(tops), (parts / total * means).sum(dim=0, keepdim=True)
+
+
+def _differentiate(segment: Segment, row: Row, top: Tensor, total: Tensor, weights: Tensor, first: bool) -> None:
     rows, columns = segment.scores.shape
     block = _block(columns)
     _gradient_kernel[(rows, triton.cdiv(columns, block))](
@@ -174,7 +188,8 @@ def _differentiate(segment: Segment, row: Row, log_sums: Tensor, weights: Tensor
         segment.row_scale,
         segment.column_scale,
         row.scale,
-        log_sums,
+        top,
+        total,
         weights,
         columns,
         segment.own,
@@ -192,21 +207,18 @@ def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) 
     """As :func:`sentfast.reference.losses.contrastive_rows`."""
     limits = guide_limits(segments[0], row)
     with on_device(segments[0].scores):
-        found = [_statistics(segment, row, limits) for segment in segments]
-        log_sums, means = (torch.stack([x[i] for x in found]) for i in (0, 1))
-        positive = found[0][2]
+        found = torch.stack([_statistics(segment, row, limits) for segment in segments], dim=1)
+        tops, totals, means, positives = found
+        positive = positives[0]
         if row.groups == 1:
-            total = torch.logsumexp(log_sums, dim=0, keepdim=True)
-            mean = (torch.exp(log_sums - total) * means).sum(dim=0)
-            totals = total.expand_as(log_sums)
-        else:
-            totals, mean = log_sums, means.mean(dim=0)
-        losses = totals[: row.groups].mean(dim=0) - positive * row.scale
+            tops, totals, means = _joined(tops, totals, means)
+        groups = slice(row.groups)
+        losses = (tops[groups] - positive * row.scale + totals[groups].log()).mean(dim=0)
         if weights is not None:
             weights = weights.contiguous()
             for i, segment in enumerate(segments):
-                _differentiate(segment, row, totals[i], weights, i == 0)
-    return losses, mean - positive
+                _differentiate(segment, row, tops[i], totals[i], weights, i == 0)
+    return losses, means.mean(dim=0) - positive
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_nan_and_inf_as_one_call_for_each(backend: Backend, value: float) -> Non
         options = {"dims": (3, 6), "dim_weights": (1.0, 2.0), "reduction": "none"}
         with backend.forced("contrastive_loss"):
             got = contrastive(tensors, **options)
-            torch.testing.assert_close(got, one_by_one(tensors, **options), equal_nan=True)
+            torch.testing.assert_close(got, one_by_one(tensors, **options), rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 @every_backend
@@ -125,7 +125,7 @@ def test_the_workspace_does_not_matter(backend: Backend) -> None:
             space = rows * 4 * 7 * (len(dims) + 2)
             parts = with_gradients(lambda s=space: F.contrastive_loss(*tensors, dims=dims, workspace=s), tensors)
             for got, want in zip(parts, whole, strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, want.abs().max().item()))
     with pytest.raises(ValueError, match="workspace: expected at least the 140 bytes"):
         F.contrastive_loss(*tensors, dims=dims, workspace=139)
 

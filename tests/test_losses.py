@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import resource
 from collections.abc import Callable, Iterator
@@ -327,6 +328,23 @@ def test_large_scores_do_not_overflow(backend: Backend) -> None:
         result = with_gradients(lambda: F.contrastive_loss(*columns, scale=1000.0, similarity="dot"), columns)
     for got, want in zip(result, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+
+
+@every_backend
+def test_small_losses_beside_large_scores(backend: Backend) -> None:
+    """Scores of 10,000 and 10,003, which float32 holds exactly: loss and gradient lose nothing by their size."""
+    rows = 6
+    large, eye = torch.full((rows, 1), 100.0), torch.eye(rows)
+    columns = [torch.cat([large, factor * eye], 1).to(backend.device).requires_grad_() for factor in (1.0, 3.0)]
+    wide = double(columns)
+    for directions in (("query_to_doc",), ("query_to_doc", "doc_to_query")):
+        loss = functools.partial(F.contrastive_loss, scale=1.0, similarity="dot", directions=directions)
+        with registry.use_backend("reference"):
+            exact = with_gradients(functools.partial(loss, *wide), wide)
+        with backend.forced("contrastive_loss"):
+            result = with_gradients(functools.partial(loss, *columns), columns)
+        for got, want in zip(result, exact, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not native.cpu_loaded() or BACKENDS[0].interpreted, reason="about the compiled CPU kernels")

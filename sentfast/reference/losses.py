@@ -102,6 +102,11 @@ def _similarities(segment: Segment) -> Tensor:
     return segment.scores * segment.row_scale.unsqueeze(1) * segment.column_scale
 
 
+def _top(logits: Tensor) -> Tensor:
+    """The largest of each row, [rows, 1]; 0 where it is not finite."""
+    return logits.amax(dim=1, keepdim=True).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The losses of a block of rows, [rows], and their derivatives by the scale, [rows].
 
@@ -117,16 +122,20 @@ def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) 
         similarities.append(similarity)
         logits.append(logit.masked_fill(out, -torch.inf))
         outs.append(out)
+    # Each group's largest logit stays apart from its sum of exponentials: of a small loss nothing is lost.
     groups = [[x for x, s in zip(logits, segments, strict=True) if s.group == g] for g in range(row.groups)]
-    log_sums = [torch.logsumexp(torch.cat(group, dim=1), dim=1) for group in groups]
+    tops = [_top(torch.cat(group, dim=1)) for group in groups]
+    sums = [torch.exp(torch.cat(group, dim=1) - top).sum(1) for group, top in zip(groups, tops, strict=True)]
     first = segments[0]
     own, column = _indices(first)
-    losses = torch.stack(log_sums).mean(dim=0) - logits[0].gather(1, own).squeeze(1)
+    positive = logits[0].gather(1, own)
+    losses = torch.stack([(top - positive).squeeze(1) + x.log() for top, x in zip(tops, sums, strict=True)]).mean(dim=0)
     slopes = torch.zeros_like(losses)
     if weights is None:
         return losses, slopes
     for segment, similarity, logit, out in zip(segments, similarities, logits, outs, strict=True):
-        gradient = torch.exp(logit - log_sums[segment.group].unsqueeze(1)) / row.groups
+        total = sums[segment.group].unsqueeze(1) * row.groups
+        gradient = torch.exp(logit - tops[segment.group]) / total
         if segment is first:
             gradient = gradient - (column == own).to(gradient.dtype)
         slopes += (gradient * similarity).masked_fill(out, 0).sum(dim=1)
