@@ -126,12 +126,15 @@ def test_merged_and_taken_out_again() -> None:
     assert (off - first).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("form", ["half", "bias"])
+@pytest.mark.parametrize("form", ["half", "bias", "forward"])
 def test_what_no_matrix_stands_for_runs_as_steps(form: str) -> None:
-    """In half precision the rounding of a matrix would be added; a bias of the adapters is no part of one."""
+    """In half precision the rounding of a matrix would be added; a bias or code of the user's is no part of one."""
     made, inputs = with_adapters("bert", SOME, lora_bias=form == "bias"), batch(LENGTHS)
     if form == "half":
         made.to(torch.bfloat16)
+    if form == "forward":
+        first = lora_layers(made)[0].lora_A["default"]
+        first.forward = lambda x: 2 * nn.functional.linear(x, first.weight)
     assert encoder_of(made) == "SF108"
     used = inputs["attention_mask"].bool()
     eager = stock(made, **inputs)[0][used]
@@ -139,7 +142,7 @@ def test_what_no_matrix_stands_for_runs_as_steps(form: str) -> None:
     assert "varlen_attention" in operators and "encoder" not in operators
     assert_accurate(result, eager, exact := stock(made.double(), **inputs)[0][used], size=exact.abs().max().item())
     with pytest.raises(sentfast.UnsupportedModelError, match="LoRA adapters in half precision"):
-        sentfast.accelerate(made.float() if form == "bias" else made.bfloat16())
+        sentfast.accelerate(made.bfloat16() if form == "half" else made.float())
 
 
 @pytest.mark.skipif(not native.cpu_loaded(), reason="about the compiled CPU kernels")

@@ -28,7 +28,7 @@ def foldable(module: Any) -> bool:
     if module.disable_adapters and module.merged:
         return False  # PEFT takes the adapters out of the weight when it is called next
     pairs = [pair for name in _active(module) for pair in (module.lora_A[name], module.lora_B[name])]
-    return all(type(part) is nn.Linear and part.bias is None for part in pairs)
+    return all(type(part) is nn.Linear and part.bias is None and "forward" not in vars(part) for part in pairs)
 
 
 def switches(modules: tuple[Any, ...]) -> list[tuple[Any, ...]]:
