@@ -45,6 +45,7 @@ STEPS = {
     "CachedMultipleNegativesRankingLoss": "calculate_loss",
     "GISTEmbedLoss": "forward",
     "CachedGISTEmbedLoss": "calculate_loss",
+    "MatryoshkaLoss": "forward",
 }
 if tuple(map(int, __version__.split(".")[:2])) < (5, 3):
     STEPS["MultipleNegativesSymmetricRankingLoss"] = "compute_loss_from_embeddings"
@@ -52,7 +53,7 @@ if tuple(map(int, __version__.split(".")[:2])) < (5, 3):
 METHODS += ["InformationRetrievalEvaluator.compute_metrices"]
 if tuple(map(int, __version__.split(".")[:2])) >= (5, 4):
     METHODS += ["InformationRetrievalEvaluator.compute_all_metrics"]
-METHODS += [f"{name}.{step}" for name, step in STEPS.items()]
+METHODS += [f"{name}.{step}" for name, step in STEPS.items()] + ["CachedLossDecorator.__call__"]
 COUNT = len(FUNCTIONS) + len(METHODS)
 
 
@@ -69,6 +70,7 @@ def snapshot():
     """Everything that the switch may touch, to compare by identity."""
     classes = (models.Transformer, models.Pooling, models.Normalize, *SentenceTransformer.__mro__[:2])
     classes += tuple(getattr(losses, name) for name in STEPS)
+    classes += (sys.modules[losses.MatryoshkaLoss.__module__].CachedLossDecorator,)
     return [
         *((name, value) for cls in classes for name, value in vars(cls).items()),
         *((name, getattr(util, name)) for name in FUNCTIONS),

@@ -103,7 +103,7 @@ def search_calls() -> Iterator[tuple[str, str, tuple]]:
 def loss_calls(many: torch.Tensor) -> Iterator[tuple[str, str, tuple]]:
     """The plain loss, each kind of hardness with ids and a guide, and all directions."""
     count = len(many)
-    end = (False, 0.1, 64 << 20)
+    end = (False, 0.1, [many.shape[1]], [1.0], 64 << 20)
     none = (None, None, None, None, None)
     ids = torch.zeros(count, dtype=torch.int64)
 
