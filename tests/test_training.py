@@ -99,8 +99,11 @@ def test_gradients(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet", "electra", "modernbert"])
 def test_autocast(model_type: str) -> None:
-    model, inputs = trained(model_type), encoders.batch(LENGTHS)
-    weights = torch.randn(sum(LENGTHS), 32)
+    assert_autocast_as_stock(trained(model_type))
+
+
+def assert_autocast_as_stock(model: nn.Module) -> None:
+    inputs, weights = encoders.batch(LENGTHS), torch.randn(sum(LENGTHS), 32)
     with torch.autocast("cpu", torch.bfloat16):
         with packed():
             result, got = gradients(model, inputs, weights)
@@ -119,14 +122,17 @@ def test_autocast(model_type: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_parameters(dtype: torch.dtype) -> None:
-    model, inputs = trained("bert").to(dtype), encoders.batch(LENGTHS)
-    weights = torch.randn(sum(LENGTHS), 32)
+    assert_half_as_stock(trained("bert").to(dtype))
+
+
+def assert_half_as_stock(model: nn.Module) -> None:
+    inputs, weights = encoders.batch(LENGTHS), torch.randn(sum(LENGTHS), 32)
     with packed():
         result, got = gradients(model, inputs, weights)
     with sentfast.disabled():
         eager, plain = gradients(model, inputs, weights)
         exact, true = exact_gradients(model, inputs, weights)
-    assert result.dtype == eager.dtype == dtype
+    assert result.dtype == eager.dtype == next(model.parameters()).dtype
     assert_accurate(result, eager, exact)
     assert_gradients(got, plain, true)
 
@@ -243,6 +249,19 @@ def test_adapters(name: str) -> None:
     model = with_adapters(*ADAPTED[name])
     assert_gradients_as_stock(model)
     assert any("lora_A" in parameter and x.grad.any() for parameter, x in model.named_parameters() if x.requires_grad)
+
+
+def test_adapters_in_half_precision_and_under_autocast() -> None:
+    assert_half_as_stock(with_adapters("bert", EVERY).to(torch.bfloat16))
+    assert_autocast_as_stock(with_adapters("bert", EVERY))
+
+
+def test_several_adapters_at_once() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = with_adapters("bert", SOME)
+    model.add_adapter(peft.LoraConfig(target_modules=EVERY, r=3, init_lora_weights=False), "second")
+    model.set_adapter(["default", "second"])
+    assert_gradients_as_stock(model)
 
 
 def test_adapters_switched_off_and_merged() -> None:

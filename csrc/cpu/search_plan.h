@@ -12,11 +12,10 @@ namespace sentfast::cpu {
 using Optional = std::optional<Tensor>;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kMostQueries = 512;               // of a block: its codes stay in the second cache
-constexpr int64_t kBlockBytes = int64_t{4} << 20;   // of a block's queries, and of its results
-constexpr int64_t kPieceBytes = int64_t{16} << 20;  // of the results of all pieces
-constexpr int64_t kPieceRows = 8192;                // a smaller piece is not worth its own threshold
-constexpr int64_t kQueriesPerThread = 32;           // from here on a thread is worth its own pass over the corpus
+constexpr int64_t kMostQueries = 512;              // of a block: its codes stay in the second cache
+constexpr int64_t kBlockBytes = int64_t{4} << 20;  // of a block's queries, and of its results
+constexpr int64_t kPieceRows = 8192;               // a smaller piece is not worth its own threshold
+constexpr int64_t kQueriesPerThread = 32;          // from here on a thread is worth its own pass over the corpus
 
 inline void check(const Tensor& x, const char* name, ScalarType dtype, int64_t dims) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype && x.dim() == dims, name, ": expected a CPU tensor of ",

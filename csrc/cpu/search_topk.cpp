@@ -6,6 +6,8 @@
 namespace sentfast::cpu {
 namespace {
 
+constexpr int64_t kPieceBytes = int64_t{16} << 20;  // of the results of all pieces
+
 struct Entry {
   float score;
   uint32_t row;

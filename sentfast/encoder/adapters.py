@@ -1,9 +1,9 @@
-"""Linear layers with LoRA adapters of PEFT: which are known, and the one matrix that stands for them in evaluation."""
+"""Linear layers with LoRA adapters of PEFT: which are known, what they add, and one matrix with all of it."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ def adapted(module: nn.Module) -> bool:
     lora = sys.modules.get("peft.tuners.lora.layer")
     if lora is None or type(module) is not lora.Linear or getattr(module, "lora_variant", None) != {}:
         return False
+    if module.fan_in_fan_out:
+        return False
     return "forward" not in vars(module) and lora.Linear.forward.__module__ == lora.__name__
 
 
@@ -23,12 +25,39 @@ def inside(model: nn.Module) -> nn.Module:
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model  # type: ignore[operator]
 
 
-def foldable(module: Any) -> bool:
-    """Whether the layer does what a plain one with :func:`weight` and its bias does, while nothing drops out."""
-    if module.disable_adapters and module.merged:
-        return False  # PEFT takes the adapters out of the weight when it is called next
-    pairs = [pair for name in _active(module) for pair in (module.lora_A[name], module.lora_B[name])]
-    return all(type(part) is nn.Linear and part.bias is None and "forward" not in vars(part) for part in pairs)
+class Term(NamedTuple):
+    """What an adapter adds to its layer's output y: scaling * B A dropout(x)."""
+
+    dropout: nn.Module
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+def terms(module: Any) -> list[Term] | None:
+    """Of the active adapters of a layer; None where PEFT's own code has to run."""
+    if module.disable_adapters or module.merged:
+        # PEFT takes adapters that are both out of the weight when the layer is called next.
+        return None if module.disable_adapters and module.merged else []
+    found = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        a, b, dropout, scaling = (table[name] for table in _tables(module))
+        if not (_plain(a, nn.Linear) and _plain(b, nn.Linear) and a.bias is None and b.bias is None):
+            return None
+        if not _plain(dropout, nn.Dropout, nn.Identity) or not isinstance(scaling, (int, float)):
+            return None
+        found.append(Term(dropout, a.weight, b.weight, float(scaling)))
+    return found
+
+
+def _tables(module: Any) -> tuple[Any, ...]:
+    return module.lora_A, module.lora_B, module.lora_dropout, module.scaling
+
+
+def _plain(module: nn.Module, *classes: type) -> bool:
+    return type(module) in classes and "forward" not in vars(module)
 
 
 def switches(modules: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -40,20 +69,11 @@ def switches(modules: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 
 def weight(module: Any) -> Tensor:
-    """The matrix of a linear layer, with what its active adapters add.
-
-    W + sum over the adapters of scaling * B A, [out, in] in the dtype of W, as PEFT's own merge makes it.
-    """
+    """The matrix of a linear layer for evaluation: W plus scaling * B A of each active adapter, [out, in]."""
     found: Tensor = module.weight
     if type(module) is nn.Linear:
         return found
     with torch.no_grad():
-        for name in _active(module):
-            found = found + module.get_delta_weight(name)
+        for term in terms(module) or ():
+            found = torch.addmm(found, term.b, term.a, alpha=term.scaling)
     return found
-
-
-def _active(module: Any) -> list[str]:
-    if module.disable_adapters or module.merged:
-        return []
-    return [name for name in module.active_adapters if name in module.lora_A]

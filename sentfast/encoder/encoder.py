@@ -256,7 +256,7 @@ def _foldable(parts: Parts) -> bool:
     if not parts.adapted:
         return True
     on_cpu_in_full = parts.dtype == torch.float32 and not composed(parts.device)
-    return on_cpu_in_full and all(map(adapters.foldable, parts.adapted))
+    return on_cpu_in_full and all(adapters.terms(module) is not None for module in parts.adapted)
 
 
 def _parts(model: nn.Module, entry: _Entry) -> Parts | str:

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from sentfast.encoder import adapters
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.attention import varlen_attention_qkvpacked
 from sentfast.ops.layers import Normed, bias_activation, dropout, normed
-from sentfast.ops.linear import activation_linear, norm_linear
+from sentfast.ops.linear import activation_linear, linear, norm_linear
 from sentfast.reference import ACTIVATIONS
 
 # Uses of one seed in a layer; the embeddings' comes before those of the first.
 _ATTENTION, _OUTPUT, _GATE, _FEED_FORWARD = range(1, 5)
+# Adapters' come behind all layers, so many for each layer that has some.
+_ADAPTERS, _ADAPTERS_OF_LAYER = 1 << 16, 64
 
 
 class _Batch(NamedTuple):
@@ -54,7 +57,7 @@ def token_embeddings(
     # for a GPU, which nobody has to wait for then.
     seed = int(torch.randint(2**63 - 1, ()))
     batch = _Batch(parts, cu_seqlens, longest, seed, position_bias(parts, longest), _angles(parts, position_ids))
-    x = Normed(_embed(parts, input_ids, token_type_ids, position_ids, seed))
+    x = Normed(_embed(batch, input_ids, token_type_ids, position_ids))
     for i, layer in enumerate(parts.layers):
         if getattr(layer.module, "gradient_checkpointing", False) and layer.module.training:
             run: Callable = vars(layer.module)["_gradient_checkpointing_func"]  # as transformers was told to checkpoint
@@ -68,15 +71,16 @@ def _checkpointed(batch: _Batch, index: int, x: Tensor) -> Tensor:
     return _layer(batch, index, Normed(x)).output
 
 
-def _embed(parts: Parts, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor, seed: int) -> Tensor:
+def _embed(batch: _Batch, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+    parts = batch.parts
     x = _look_up(parts.words, input_ids)
     if parts.token_types is not None:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = x + _look_up(parts.token_types, types)
     if parts.positions is not None:
         x = x + _look_up(parts.positions, position_ids)
-    x = dropout(_norm(parts.embedding_norm, x).output, rate(parts.embedding_dropout), seed=seed, stream=0)
-    return x if parts.projection is None else _linear(parts.projection, Normed(x))
+    x = dropout(_norm(parts.embedding_norm, x).output, rate(parts.embedding_dropout), seed=batch.seed, stream=0)
+    return x if parts.projection is None else _linear(batch, parts.projection, Normed(x))
 
 
 def _look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def _layer(batch: _Batch, index: int, x: Normed) -> Normed:
 def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
     parts = batch.parts
     layer, heads = parts.layers[index], parts.heads
-    qkv = _query_key_value(layer, x).unflatten(1, (3, heads, -1))
+    qkv = _query_key_value(batch, layer, x).unflatten(1, (3, heads, -1))
     window = parts.windows[index] if parts.windows else -1
     if batch.angles:
         cosines, sines = batch.angles[int(window >= 0)]
@@ -141,18 +145,26 @@ def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
         seed=batch.seed,
         stream=_stream(index, _ATTENTION),
     )
-    return _linear(layer.output, Normed(context.flatten(1)))
+    return _linear(batch, layer.output, Normed(context.flatten(1)))
 
 
-def _linear(module: nn.Module, x: Normed) -> Tensor:
-    """Of a plain layer, or of one with adapters, which runs its own code."""
-    return norm_linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x.output)
+def _linear(batch: _Batch, module: Any, x: Normed) -> Tensor:
+    """Of a plain layer, or of one with adapters."""
+    terms = [] if type(module) is nn.Linear else adapters.terms(module)
+    if terms is None:
+        return module(x.output)
+    y = norm_linear(x, module.weight, module.bias)
+    for i, term in enumerate(terms):
+        stream = _ADAPTERS + _ADAPTERS_OF_LAYER * batch.parts.adapted.index(module) + i
+        low = linear(dropout(x.output, rate(term.dropout), seed=batch.seed, stream=stream), term.a)
+        y = torch.addmm(y, low, term.b.t(), alpha=term.scaling)
+    return y
 
 
-def _query_key_value(layer: LayerParts, x: Normed) -> Tensor:
+def _query_key_value(batch: _Batch, layer: LayerParts, x: Normed) -> Tensor:
     if all(type(module) is nn.Linear for module in layer.qkv):
         return norm_linear(x, *_side_by_side(layer))
-    return torch.cat([_linear(module, x) for module in layer.qkv], dim=1)
+    return torch.cat([_linear(batch, module, x) for module in layer.qkv], dim=1)
 
 
 def _side_by_side(layer: LayerParts) -> tuple[Tensor, Tensor | None]:
@@ -175,14 +187,14 @@ def _feed_forward(batch: _Batch, index: int, x: Normed) -> Tensor:
     parts = batch.parts
     layer, activation = parts.layers[index], ACTIVATIONS[parts.activation]
     if parts.architecture.gated:
-        y, gate = _linear(layer.up, x).chunk(2, dim=-1)
+        y, gate = _linear(batch, layer.up, x).chunk(2, dim=-1)
         y = bias_activation(y, None, activation) * gate
         y = dropout(y, rate(layer.dropouts.gate), seed=batch.seed, stream=_stream(index, _GATE))
-        return _linear(layer.down, Normed(y))
+        return _linear(batch, layer.down, Normed(y))
     if type(layer.up) is type(layer.down) is nn.Linear:
         h = norm_linear(x, layer.up.weight)
         return activation_linear(h, layer.up.bias, activation, layer.down.weight, layer.down.bias)
-    return _linear(layer.down, Normed(bias_activation(_linear(layer.up, x), None, activation)))
+    return _linear(batch, layer.down, Normed(bias_activation(_linear(batch, layer.up, x), None, activation)))
 
 
 def rate(module: nn.Module | None) -> float:
