@@ -154,7 +154,7 @@ def check(made: Any, inputs: dict[str, Tensor]) -> tuple[Encoder, Tensor]:
         accurate = exact(made, inputs)
     result = run(encoder, inputs)
     assert result.dtype == eager.dtype
-    # The error of stock in a few tokens may be small by chance, and a softmax of large scores multiplies every rounding.
+    # Stock's error in a few tokens may be small by chance, and a softmax of large scores multiplies every rounding.
     size = 4 * accurate.abs().max().item() if len(accurate) < FEW_TOKENS else 0.0
     assert_accurate(result, eager, accurate, size=size)
     return encoder, result
