@@ -36,6 +36,15 @@ _CLASSES = {
 }
 MODEL_TYPES = tuple(_CLASSES)
 WITH_TOKEN_TYPES = ("bert", "roberta", "electra")
+# Linear layers that get LoRA adapters: model type and names.
+SOME, EVERY = ["query", "value"], ["query", "key", "value", "dense"]
+ADAPTED = {
+    "some": ("bert", SOME),
+    "every": ("bert", EVERY),
+    "mpnet": ("mpnet", ["q", "k", "v", "dense"]),
+    "gated": ("modernbert", ["Wqkv", "Wo", "Wi"]),
+    "projection": ("electra", ["embeddings_project", "key"]),
+}
 
 
 def config(model_type: str, hidden: int = 32, heads: int = 4, **options: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from backends import BACKEND
-from encoders import batch, check, model, stock, surroundings
+from encoders import ADAPTED, SOME, batch, check, model, stock, surroundings
 from sentence_transformers import losses
 from tiny_models import build, texts
 from torch import Tensor, nn
@@ -23,14 +23,6 @@ from sentfast.integrations import transformers as adapter
 peft = pytest.importorskip("peft", reason="needs peft")
 
 LENGTHS = [9, 1, 23, 5]
-SOME = ["query", "value"]
-ADAPTED = {
-    "some": ("bert", SOME),
-    "every": ("bert", ["query", "key", "value", "dense"]),
-    "mpnet": ("mpnet", ["q", "k", "v", "dense"]),
-    "gated": ("modernbert", ["Wqkv", "Wo", "Wi"]),
-    "projection": ("electra", ["embeddings_project", "key"]),
-}
 
 
 @pytest.fixture(autouse=True)

@@ -213,16 +213,6 @@ def test_every_dropout_drops_as_in_transformers(model_type: str) -> None:
             assert_drops_as_stock(model, name)
 
 
-SOME, EVERY = ["query", "value"], ["query", "key", "value", "dense"]
-ADAPTED = {
-    "some": ("bert", SOME),
-    "every": ("bert", EVERY),
-    "mpnet": ("mpnet", ["q", "k", "v", "dense"]),
-    "gated": ("modernbert", ["Wqkv", "Wo", "Wi"]),
-    "projection": ("electra", ["embeddings_project", "key"]),
-}
-
-
 def with_adapters(model_type: str, targets: list[str], p: float = 0.0) -> nn.Module:
     """LoRA of PEFT with weights that change something; the embeddings learn too."""
     peft = pytest.importorskip("peft", reason="needs peft")
@@ -244,28 +234,28 @@ def assert_gradients_as_stock(model: nn.Module) -> None:
     assert_gradients(got, plain, true)
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", encoders.ADAPTED)
 def test_adapters(name: str) -> None:
-    model = with_adapters(*ADAPTED[name])
+    model = with_adapters(*encoders.ADAPTED[name])
     assert_gradients_as_stock(model)
     assert any("lora_A" in parameter and x.grad.any() for parameter, x in model.named_parameters() if x.requires_grad)
 
 
 def test_adapters_in_half_precision_and_under_autocast() -> None:
-    assert_half_as_stock(with_adapters("bert", EVERY).to(torch.bfloat16))
-    assert_autocast_as_stock(with_adapters("bert", EVERY))
+    assert_half_as_stock(with_adapters("bert", encoders.EVERY).to(torch.bfloat16))
+    assert_autocast_as_stock(with_adapters("bert", encoders.EVERY))
 
 
 def test_several_adapters_at_once() -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
-    model = with_adapters("bert", SOME)
-    model.add_adapter(peft.LoraConfig(target_modules=EVERY, r=3, init_lora_weights=False), "second")
+    model = with_adapters("bert", encoders.SOME)
+    model.add_adapter(peft.LoraConfig(target_modules=encoders.EVERY, r=3, init_lora_weights=False), "second")
     model.set_adapter(["default", "second"])
     assert_gradients_as_stock(model)
 
 
 def test_adapters_switched_off_and_merged() -> None:
-    model = with_adapters("bert", SOME)
+    model = with_adapters("bert", encoders.SOME)
     inputs = encoders.batch(LENGTHS)
     used = inputs["attention_mask"].bool()
     with torch.no_grad():
@@ -282,18 +272,18 @@ def test_adapters_switched_off_and_merged() -> None:
 
 
 def test_adapters_drop_as_in_transformers() -> None:
-    assert_drops_as_stock(with_adapters("bert", EVERY, p=0.3), "lora_dropout")
+    assert_drops_as_stock(with_adapters("bert", encoders.EVERY, p=0.3), "lora_dropout")
 
 
 def test_adapters_that_do_more_go_to_the_original() -> None:
     """Other code, and a variant of LoRA."""
-    model, inputs = with_adapters("bert", SOME), encoders.batch(LENGTHS)
+    model, inputs = with_adapters("bert", encoders.SOME), encoders.batch(LENGTHS)
     model.encoder.layer[0].attention.self.query.forward = lambda x: x
     with encoders.ran("BertModel.forward", "SF108"):
         model.train()(**inputs)
     peft = pytest.importorskip("peft")
     model = trained("bert")
-    model.add_adapter(peft.LoraConfig(target_modules=SOME, r=4, use_dora=True))
+    model.add_adapter(peft.LoraConfig(target_modules=encoders.SOME, r=4, use_dora=True))
     with encoders.ran("BertModel.forward", "SF108"):
         model.train()(**inputs)[0].sum().backward()
 

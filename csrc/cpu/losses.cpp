@@ -123,8 +123,7 @@ class Loss {
       if (guided_) {
         const Embeddings &left = *part.left->guide, &right = *part.right->guide;
         s.guide = guides;
-        Matrix m = similarities(left, part.left_offset + begin, count, right, part.columns, guides);
-        m.depth = left.dim;
+        const Matrix m = similarities(left, part.left_offset + begin, count, right, part.columns, 0, left.dim, guides);
         multiply(m, kernels().matrix[left.dtype][right.dtype]);
         guides += count * part.columns;
       }
@@ -141,20 +140,17 @@ class Loss {
     for (int64_t n = 0; n < p.segment_count; ++n) {
       const Part& part = parts_[n];
       const Embeddings &x = part.left->x, &y = part.right->x;
-      const int64_t left = part.left_offset + begin, column = first_column(prefix);
+      const int64_t left = part.left_offset + begin;
       ContrastiveSegment& s = p.segments[n];
       s.scores = to;
       s.row_scale = x.reciprocal(prefix, left);
       s.column_scale = y.reciprocal(prefix, 0);
-      Matrix m = similarities(x, left, count, y, part.columns, to);
+      Matrix m = similarities(x, left, count, y, part.columns, first_column(prefix), settings_.dims[prefix], to);
       if (prefixes_ > 1) {
         s.products = m.c = plain;
         m.add = prefix > 0;
         m.norm_a = m.norm_b = nullptr;
       }
-      m.a = x.from(left, column);
-      m.b = y.from(0, column);
-      m.depth = settings_.dims[prefix] - column;
       multiply(m, kernels().matrix[x.dtype][y.dtype]);
       to += count * part.columns;
       plain += count * part.columns;
@@ -189,13 +185,15 @@ class Loss {
     s.positive_factor = plain;
   }
 
+  // By the elements [first, last) of both sides.
   static Matrix similarities(const Embeddings& left, int64_t begin, int64_t count, const Embeddings& right,
-                             int64_t columns, float* out) {
+                             int64_t columns, int64_t first, int64_t last, float* out) {
     Matrix m = {};
     m.rows = count;
     m.columns = columns;
-    m.a = left.from(begin, 0);
-    m.b = right.from(0, 0);
+    m.depth = last - first;
+    m.a = left.from(begin, first);
+    m.b = right.from(0, first);
     m.c = out;
     m.stride_c = columns;
     m.norm_a = left.norm(0, begin);
