@@ -103,6 +103,25 @@ def start(rows: list[Row]) -> str:
     return markdown(["from the start of the process to the first embedding", *whats.values()], body)
 
 
+def trust(rows: list[Row]) -> str:
+    """What the first call and each call spend on being sure."""
+    header = [
+        "",
+        "parameters",
+        "examined at the first call",
+        "compared at each call",
+        "of one query",
+        "of 32 short texts",
+    ]
+    body = []
+    for row in rows:
+        taken, shares = row["seconds"], row["shares"]
+        cells = [duration(taken["examined"]), duration(taken["compared"])]
+        cells += [f"{percent(shares[what])} of {duration(taken[what])}" for what in ("query", "batch")]
+        body.append([row["title"] + weights(row), str(row["parameters"]), *cells])
+    return markdown(header, body)
+
+
 def quality(rows: list[Row]) -> str:
     header = ["", "texts", "cosine to stock, least", "mean", "nDCG@10", "accuracy@1"]
     body = []
@@ -131,6 +150,7 @@ def share(rows: list[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "encoder": throughput,
     "encoder_latency": latency,
+    "encoder_trust": trust,
     "encoder_gemm": gemm,
     "encoder_memory": memory,
     "encoder_startup": start,

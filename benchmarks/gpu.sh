@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and measures on this machine's GPU, in less than nine minutes and without a network.
+# Builds, tests, sanitizes or measures on this machine's GPU, each in less than nine minutes and without a network.
+#
+#   gpu.sh test             the tests of Triton and CUDA, and compute-sanitizer
+#   gpu.sh bench            the benchmarks
 #
 #   PYTHON                  a python with torch, triton, sentence-transformers, pytest, ninja (default python3)
 #   .whl/                   wheels of what that python lacks
@@ -8,11 +11,16 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+what=${1:-}
+case $what in
+  test | bench) ;;
+  *) echo "gpu.sh: expected test or bench, got '$what'" >&2; exit 2 ;;
+esac
 total=530
 dry=${SENTFAST_GPU_DRY_RUN:-0}
 base=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: ${PYTHON:-python3} was not found" >&2; exit 2; }
 unset SENTFAST_GPU_DRY_RUN
-logs=build/gpu
+logs=build/gpu/$what
 site=build/gpu-site
 venv=build/gpu-venv
 python=$venv/bin/python
@@ -88,8 +96,8 @@ keep() {
   local name
   for name in "${names[@]}"; do
     [[ -e $logs/$name.log ]] && printf '\n=== %s\n' "$name" && cat "$logs/$name.log"
-  done >"$OUT/gpu.log"
-  table >"$OUT/table.txt"
+  done >"$OUT/gpu-$what.log"
+  table >"$OUT/table-$what.txt"
   local file
   for file in "$results" "$encoder_results" "$triton" "$plot"; do
     [[ -n $file && -e $file ]] && cp "$file" "$OUT/"
@@ -154,7 +162,7 @@ else
     'import torch, machine; print(machine.slug(machine.describe(torch.device("cuda"), 1)))') || machine=gpu
   results=benchmarks/results/$machine.json
   encoder_results=benchmarks/results/$machine-encoder.json
-  triton=build/gpu/$machine-triton.json
+  triton=build/$machine-triton.json
   plot=docs/images/benchmarks-$machine.svg
   encoder_tests=(tests/test_cuda_encoder_gpu.py)
   operator_tests=(tests/test_ops.py tests/test_attention.py tests/test_edges.py tests/test_losses.py tests/test_loss_prefixes.py tests/test_linear.py tests/test_encoder_steps.py)
@@ -162,12 +170,12 @@ else
   drop_in_tests=(tests/test_drop_in.py tests/test_drop_in_losses.py tests/test_drop_in_matryoshka.py)
   drop_in_tests+=(tests/test_drop_in_search.py tests/test_drop_in_mining.py tests/test_drop_in_evaluation.py)
   encoder=(--device cuda)
-  has xdist && parallel=(-n 4)
+  has xdist && parallel=(-n 8)
 fi
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
 
 tests() {
-  aside "$1" 200 env OMP_NUM_THREADS=2 "$python" -m pytest -p no:cacheprovider -q "${parallel[@]}" "${@:2}"
+  aside "$1" 200 env OMP_NUM_THREADS=2 SENTFAST_TEST_GPU_ALONE=1 "$python" -m pytest -p no:cacheprovider -q "${parallel[@]}" "${@:2}"
 }
 
 # sanitize TOOL EVERY: one call in so many of each operator. An odd number: even ones would leave out, in cases whose
@@ -195,14 +203,25 @@ bench() {
 
 step build 120 env SENTFAST_CUDA=$cuda SENTFAST_CUDA_ARCHS="$archs" "$python" setup.py -q build_ext --inplace
 
+finish() {
+  keep
+  echo
+  table
+  ! grep -q FAILED "$logs"/*.result
+}
+
 # Whether it is right does not depend on the clock: all of that runs side by side, benchmarks one after the other.
-tests test-encoder "${encoder_tests[@]}"
-tests test-operators "${operator_tests[@]}"
-tests test-search "${search_tests[@]}"
-tests test-drop-in "${drop_in_tests[@]}"
-sanitize memcheck 3
-sanitize racecheck 7 # the slower of the two
-meet
+if [[ $what == test ]]; then
+  tests test-encoder "${encoder_tests[@]}"
+  tests test-operators "${operator_tests[@]}"
+  tests test-search "${search_tests[@]}"
+  tests test-drop-in "${drop_in_tests[@]}"
+  sanitize memcheck 3
+  sanitize racecheck 7 # the slower of the two
+  meet
+  finish
+  exit
+fi
 
 # What nobody else can tell comes first; what is last may run out of time.
 step bench-encoder 120 "$python" benchmarks/gpu_encoder.py "${encoder[@]}" --output "$encoder_results"
@@ -228,7 +247,4 @@ else
   done
 fi
 
-keep
-echo
-table
-! grep -q FAILED "$logs"/*.result
+finish

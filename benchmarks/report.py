@@ -4,9 +4,9 @@ python benchmarks/report.py [--check]
 
 A block is everything between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; `<!-- table:NAME MACHINE -->` takes
 one result file only. NAME is a table of the workloads (pooling, similarity, overhead, model) or of the encoder's
-studies (encoder, encoder_latency, encoder_gemm, encoder_memory, encoder_startup, encoder_quality, encoder_share) or of
-those of training (training, training_memory, training_curve, loss), `search`, `limits` for what the machine can do
-at most, or `targets` for what was promised and whether it was met.
+studies (encoder, encoder_latency, encoder_trust, encoder_gemm, encoder_memory, encoder_startup, encoder_quality,
+encoder_share) or of those of training (training, training_memory, training_curve, loss), `search`, `summary` for a row
+of each kind, `limits` for what the machine can do at most, or `targets` for what was promised and whether it was met.
 --check writes nothing and fails if a block is out of date.
 """
 
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import encoder_report
+import never_slower_report
 import search
 import search_drop_in
+import summary
 import training_report
 from words import duration, markdown, rate, three_digits, times
 
@@ -170,7 +172,8 @@ def caption(result: Result, rows: list[Result]) -> str:
 
 
 def table_names(result: Result) -> set[str]:
-    return {row["table"] for row in _all_rows(result)} | {"limits", "targets"}
+    names = {row["table"] for row in _all_rows(result)} | {"limits", "targets"}
+    return names | {summary.TABLE} if summary.rows(result) else names
 
 
 def _all_rows(result: Result) -> list[Result]:
@@ -180,12 +183,16 @@ def _all_rows(result: Result) -> list[Result]:
 _RENDER: dict[str, Callable[[Result, str], str]] = {
     "limits": limits_table,
     "targets": targets_table,
+    summary.TABLE: lambda result, table: summary.table(result),
     **dict.fromkeys(_STUDIES, study_table),
 }
 
 
 def render_block(name: str, machine: str | None, results: dict[str, Result]) -> str:
     """The text between two markers."""
+    if name == never_slower_report.TABLE:
+        found = never_slower_report.load(RESULTS)
+        return "\n" + "\n".join(map(never_slower_report.block, found.values())) + "\n" if found else _NOTHING
     if not results:
         return _NOTHING
     chosen = {machine: results[machine]} if machine in results else results if machine is None else {}
@@ -200,7 +207,8 @@ def render_block(name: str, machine: str | None, results: dict[str, Result]) -> 
     parts = []
     for result in chosen.values():
         if name in table_names(result):
-            rows = _workload_rows(result, name) or _study_rows(result, name) or _all_rows(result)
+            picked = summary.rows(result) if name == summary.TABLE else []
+            rows = picked or _workload_rows(result, name) or _study_rows(result, name) or _all_rows(result)
             parts.append(f"{caption(result, rows)}\n{render(result, name)}")
     return "\n" + "\n".join(parts) + "\n"
 

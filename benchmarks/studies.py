@@ -21,6 +21,7 @@ import startup
 import training
 import training_curve
 import training_memory
+import trust
 from study import Settings
 
 
@@ -50,6 +51,7 @@ STUDIES = (
     Study("encoder_tiny", encode, (encode.TABLE,), ("tiny",)),
     Study("encoder_tiny_plain", encode, (encode.TABLE,), ("tiny_plain",)),
     Study("encoder_latency", latency, (latency.TABLE,), ("minilm", "tiny", "xtremedistil", "mpnet"), ("tiny",)),
+    Study("encoder_trust", trust, (trust.TABLE,), ("minilm", "mpnet"), ("tiny",)),
     Study("encoder_gemm", gemm, (gemm.TABLE,), quick=("any",)),
     Study("encoder_startup", startup, (startup.MEMORY, startup.START), ("minilm", "mpnet"), ("minilm",)),
     Study("encoder_quality_minilm", quality, (quality.TABLE,), ("minilm",), ("minilm",)),

@@ -371,7 +371,24 @@ def _overhead_rows() -> list[Workload]:
                     cold=False,
                 )
             )
+    rows.append(
+        Workload(
+            name="overhead_cos_sim",
+            table="overhead",
+            title="cos_sim as it is patched, [1, 8] by [2, 8]; compares all that the original looks up",
+            make=lambda device, shrink, seed: {"a": random(device, seed, 1, 8), "b": random(device, seed + 1, 2, 8)},
+            variants=lambda: {OURS: Variant(_cos_sim, switched=True), STOCK: Variant(_cos_sim)},
+            exact=_exact_cosine,
+            cold=False,
+        )
+    )
     return rows
+
+
+def _cos_sim(inputs: Inputs) -> Tensor:
+    from sentence_transformers import util
+
+    return util.cos_sim(inputs["a"], inputs["b"])
 
 
 # ---- whole models ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// The Python module `sentfast._C`: reads and sets the instruction set, measures its speed, fingerprints memory. No
-// tensors here; importing the module registers the operators' CPU kernels with PyTorch.
+// The Python module `sentfast._C`: reads and sets the instruction set, measures its speed, watches what models are made
+// of (watch.h). No tensors here; importing the module registers the operators' CPU kernels with PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/profile.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace sentfast::cpu;
@@ -66,30 +67,13 @@ double linear_gflops(const std::string& dtype, int64_t rows, int64_t columns, in
   const int64_t panels = (columns + kPanel - 1) / kPanel, element = pairs ? 2 : 4;
   std::vector<float> x(static_cast<size_t>(rows * depth * element / 4)),
       weight(static_cast<size_t>(panels * kPanel * depth * element / 4)), bias(static_cast<size_t>(columns)),
-      sums(static_cast<size_t>(linear_scratch(rows))), y(static_cast<size_t>(rows * columns));
+      sums(static_cast<size_t>(linear_scratch(rows, depth))), y(static_cast<size_t>(rows * columns));
   const Linear p = {columns, depth, x.data(), depth, weight.data(), 0, bias.data(), kIdentity, y.data(), columns};
   const LinearFn run = kernels().linear_float32[pairs ? 1 : 0];
   return rate(seconds, [&] {
     run(p, {0, rows, 0, panels, sums.data()});
     return 2.0 * static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(depth);
   });
-}
-
-// A hash of a few words of each piece of memory, which changes where the whole piece does: cheap enough for every call.
-uint64_t fingerprint(const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes) {
-  constexpr int64_t samples = 4;
-  if (pointers.size() != sizes.size()) throw py::value_error("sizes: expected one per pointer");
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (size_t i = 0; i < pointers.size(); ++i) {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(pointers[i]);
-    const int64_t words = sizes[i] / 4;
-    for (int64_t k = 0; k < samples && k < words; ++k) {
-      uint32_t word;
-      std::memcpy(&word, bytes + (words <= samples ? k : (words - 1) * k / (samples - 1)) * 4, 4);
-      hash = (hash ^ word) * 0x100000001b3ull;
-    }
-  }
-  return hash;
 }
 
 // Seconds of each stage of the encoder since the last call; measured from now on if `enabled`.
@@ -112,6 +96,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_gflops", &linear_gflops, py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
         py::arg("seconds"));
   m.def("encoder_profile", &encoder_profile, py::arg("enabled"));
-  m.def("fingerprint", &fingerprint, py::arg("pointers"), py::arg("sizes"));
+  define_watch(m);
   isa();  // an unusable SENTFAST_CPU_ISA is an error at import, not at the first call
 }

@@ -164,6 +164,13 @@ def compare(train: Callable[[Run], None], script: str, options: argparse.Namespa
     print(f"Picture: {path.resolve()}")
 
 
+# Said beside the curves.
+DROPOUT = (
+    "Where the model has dropout, sentfast draws other masks than stock from the same seed: single steps differ, as "
+    "they do between two seeds of stock; over seeds the losses agree."
+)
+
+
 def print_curves(stock: Run, ours: Run) -> None:
     for name, losses in stock.losses.items():
         print(f"{'step':>6} {name + ', stock':>20} {name + ', sentfast':>22}")
@@ -171,6 +178,7 @@ def print_curves(stock: Run, ours: Run) -> None:
         for step in range(0, len(losses), every):
             print(f"{step + 1:6} {losses[step]:20.6f} {ours.losses[name][step]:22.6f}")
         print()
+    print(f"{DROPOUT}\n")
     for what, score in stock.scores.items():
         print(f"{what}: {score:.4f} stock, {ours.scores[what]:.4f} sentfast")
     before, after = stock.step_seconds(), ours.step_seconds()

@@ -133,10 +133,12 @@ def _gradient_kernel(
     factor = tl.load(scale)
     value = tl.load(scores + column, mask=inside, other=-INFINITY)
     logit = _logit(value, column, own, period, factor, strength, HARDNESS)
-    gradient = tl.exp(logit - tl.load(tops + row)) * (share / tl.load(totals + row))
+    total = tl.load(totals + row)
+    gradient = tl.exp(logit - tl.load(tops + row)) * share
     if FIRST:
-        gradient -= tl.where(column == own, 1.0, 0.0)
-    gradient *= factor * tl.load(weights + row)
+        # Before the division, so that a row with no other candidate has a gradient of exactly zero.
+        gradient -= tl.where(column == own, total, 0.0)
+    gradient = gradient / total * (factor * tl.load(weights + row))
     if row_scale is not None:
         gradient *= tl.load(row_scale + row) * tl.load(column_scale + column, mask=inside, other=1.0)
     tl.store(scores + column, gradient, mask=inside)

@@ -13,7 +13,7 @@ from sentfast import reference
 from sentfast.reference import NORMALIZE_EPS
 from sentfast.registry import implements
 
-from .similarity_rows import normalize_rows, normalize_rows_backward
+from .normalize import normalize_rows, normalize_rows_backward
 from .triton_utils import loop_bound, on_device
 
 MEAN = tl.constexpr(reference.MEAN)

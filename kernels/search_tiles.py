@@ -13,7 +13,7 @@ from torch import Tensor
 from sentfast.reference import search as definition
 from sentfast.reference.similarity import COSINE, DOT, EUCLIDEAN, NORMALIZE_EPS
 
-from .similarity_rows import at_least
+from .normalize import at_least
 from .triton_utils import loop_bound
 
 _COSINE = tl.constexpr(COSINE)

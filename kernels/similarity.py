@@ -1,4 +1,4 @@
-"""Similarity of all rows with all rows in Triton: one matrix product with the norms from the same reads."""
+"""Similarity of all rows with all rows in Triton: one matrix product, scaled by the norms where it is stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sentfast.registry import implements
 
-from .similarity_rows import at_least  # also enters the operators of that file into the table
+from .normalize import at_least, row_norms
 from .triton_utils import INTERPRETED, batch_offset, grouped_tile, loop_bound, merge_batch, on_device, tf32_allowed
 
 # The tile of the matrix kernel by what the tensor cores multiply: half numbers, float32 rounded to tf32, or float32 in
@@ -21,6 +21,7 @@ MATRIX_TILES = {
     "ieee": {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 }
 GROUP = 8
+UNITS = {"BLOCK_N": 32, "BLOCK_M": 32, "BLOCK_K": 4, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["tiles_n", "tiles_m"])
@@ -56,7 +57,11 @@ def _matrix_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per tile of one batch element's matrix; the norms come from the same reads as the product."""
+    """One program per tile of one batch element's matrix.
+
+    A tile of a or b is read by the tensor cores alone, straight from shared memory and while the next ones arrive: sums
+    of squares of the same tiles would read them at a moment that Triton's pipeline does not keep apart from the copies.
+    """
     tiles = tiles_n * tiles_m
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     tile_n, tile_m = grouped_tile(tl.program_id(0) % tiles, tiles_n, tiles_m, GROUP)
@@ -69,9 +74,6 @@ def _matrix_kernel(
     a_tile = a + row_a[:, None] * a_row_stride + (column * a_column_stride)[None, :]
     b_tile = b + row_b[None, :] * b_row_stride + (column * b_column_stride)[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if IS_COSINE:
-        square_a = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        square_b = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     for block in range(0, loop_bound(columns), BLOCK_K):
         inside = lane < columns - block
         value_a = tl.load(a_tile, mask=(row_a < rows_a)[:, None] & inside[None, :], other=0.0)
@@ -80,19 +82,82 @@ def _matrix_kernel(
             value_a = value_a.to(tl.float32)
             value_b = value_b.to(tl.float32)
         total = tl.dot(value_a, value_b, total, input_precision=PRECISION)
-        if IS_COSINE:
-            square_a += value_a.to(tl.float32) * value_a.to(tl.float32)
-            square_b += value_b.to(tl.float32) * value_b.to(tl.float32)
         a_tile += tl.full([], BLOCK_K, tl.int64) * a_column_stride
         b_tile += tl.full([], BLOCK_K, tl.int64) * b_column_stride
     if IS_COSINE:
-        length_a = tl.sqrt_rn(tl.sum(square_a, 1))
-        length_b = tl.sqrt_rn(tl.sum(square_b, 0))
-        tl.store(norm_a + batch * rows_a + row_a, length_a, mask=(row_a < rows_a) & (tile_m == 0))
-        tl.store(norm_b + batch * rows_b + row_b, length_b, mask=(row_b < rows_b) & (tile_n == 0))
+        length_a = tl.load(norm_a + batch * rows_a + row_a, mask=row_a < rows_a, other=1.0)
+        length_b = tl.load(norm_b + batch * rows_b + row_b, mask=row_b < rows_b, other=1.0)
         total = total * (1.0 / at_least(length_a, eps))[:, None] * (1.0 / at_least(length_b, eps))[None, :]
     target = scores + (batch * rows_a + row_a)[:, None] * rows_b + row_b[None, :]
     tl.store(target, total, mask=(row_a < rows_a)[:, None] & (row_b < rows_b)[None, :])
+
+
+@triton.jit
+def _beyond_range(norm):
+    """Whether products with a row of this norm may leave float32's range, or its own squares have."""
+    return ((norm < 1e-15) & (norm > 0)) | (norm > 1e19)
+
+
+@triton.jit(do_not_specialize=["tiles_n", "tiles_m"])
+def _units_kernel(
+    a,
+    b,
+    scores,
+    norm_a,
+    norm_b,
+    rows_a,
+    rows_b,
+    columns,
+    tiles_n,
+    tiles_m,
+    size_1,
+    size_2,
+    a_stride_0,
+    a_stride_1,
+    a_stride_2,
+    a_row_stride,
+    a_column_stride,
+    b_stride_0,
+    b_stride_1,
+    b_stride_2,
+    b_row_stride,
+    b_column_stride,
+    eps,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The cosines of a tile with a norm beyond the range once more, each element divided before it is multiplied.
+
+    A kernel of its own, whose programs end at once as a rule: the matrix kernel has no registers left for a second
+    product, and the host would have to wait for the norms.
+    """
+    tiles = tiles_n * tiles_m
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    row_a = (tl.program_id(0) % tiles // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_b = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    length_a = tl.load(norm_a + batch * rows_a + row_a, mask=row_a < rows_a, other=1.0)
+    length_b = tl.load(norm_b + batch * rows_b + row_b, mask=row_b < rows_b, other=1.0)
+    beyond = tl.max(_beyond_range(length_a).to(tl.int32), 0) + tl.max(_beyond_range(length_b).to(tl.int32), 0)
+    if beyond > 0:
+        a += batch_offset(batch, size_1, size_2, a_stride_0, a_stride_1, a_stride_2)
+        b += batch_offset(batch, size_1, size_2, b_stride_0, b_stride_1, b_stride_2)
+        divisor_a = at_least(length_a, eps)[:, None]
+        divisor_b = at_least(length_b, eps)[:, None]
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        lane = tl.arange(0, BLOCK_K).to(tl.int64)
+        for block in range(0, loop_bound(columns), BLOCK_K):
+            column = (block + lane)[None, :]
+            mask_a = (row_a < rows_a)[:, None] & (column < columns)
+            mask_b = (row_b < rows_b)[:, None] & (column < columns)
+            value_a = tl.load(a + row_a[:, None] * a_row_stride + column * a_column_stride, mask=mask_a, other=0.0)
+            value_b = tl.load(b + row_b[:, None] * b_row_stride + column * b_column_stride, mask=mask_b, other=0.0)
+            # A norm that is NaN would make NaN of what is not there.
+            unit_a = tl.where(mask_a, value_a.to(tl.float32) / divisor_a, 0.0)
+            unit_b = tl.where(mask_b, value_b.to(tl.float32) / divisor_b, 0.0)
+            total += tl.sum(unit_a[:, None, :] * unit_b[None, :, :], 2)
+        target = scores + (batch * rows_a + row_a)[:, None] * rows_b + row_b[None, :]
+        tl.store(target, total, mask=(row_a < rows_a)[:, None] & (row_b < rows_b)[None, :])
 
 
 def matrix_mode(a: Tensor, b: Tensor) -> tuple[str, bool]:
@@ -108,34 +173,22 @@ def matrix_mode(a: Tensor, b: Tensor) -> tuple[str, bool]:
 def _matrix(a: Tensor, b: Tensor, cosine: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     batch, (rows_a, columns), rows_b = a.shape[:-2], a.shape[-2:], b.shape[-2]
     scores = a.new_empty((*batch, rows_a, rows_b), dtype=torch.float32)
-    norm_a = scores.new_empty((*batch, rows_a) if cosine else (0,))
-    norm_b = scores.new_empty((*batch, rows_b) if cosine else (0,))
-    if scores.numel() or norm_a.numel() or norm_b.numel():
+    norm_a, norm_b = (row_norms(a), row_norms(b)) if cosine else (scores.new_empty(0), scores.new_empty(0))
+    if scores.numel():
         (a, b), inner, strides = merge_batch([a, b], a.ndim - 2)
         mode, to_float32 = matrix_mode(a, b)
-        config = dict(MATRIX_TILES[mode])
-        # The norms hold each tile one step longer, so it takes one more buffer to load as far ahead.
-        config["num_stages"] += cosine
-        # At least one tile each way: the norms of one side exist where the other side is empty.
-        tiles_n = max(triton.cdiv(rows_a, config["BLOCK_N"]), 1)
-        tiles_m = max(triton.cdiv(rows_b, config["BLOCK_M"]), 1)
+        config = MATRIX_TILES[mode]
+        tiles_n = triton.cdiv(rows_a, config["BLOCK_N"])
+        tiles_m = triton.cdiv(rows_b, config["BLOCK_M"])
+        batches = batch.numel()
+        strides_of = [*inner, *strides[0], *a.stride()[-2:], *strides[1], *b.stride()[-2:]]
+        given = (a, b, scores, norm_a, norm_b, rows_a, rows_b, columns)
         with on_device(a):
-            _matrix_kernel[(batch.numel() * tiles_n * tiles_m,)](
-                a,
-                b,
-                scores,
-                norm_a,
-                norm_b,
-                rows_a,
-                rows_b,
-                columns,
+            _matrix_kernel[(batches * tiles_n * tiles_m,)](
+                *given,
                 tiles_n,
                 tiles_m,
-                *inner,
-                *strides[0],
-                *a.stride()[-2:],
-                *strides[1],
-                *b.stride()[-2:],
+                *strides_of,
                 eps,
                 IS_COSINE=cosine,
                 # The interpreter multiplies bfloat16 numbers wrongly.
@@ -144,6 +197,9 @@ def _matrix(a: Tensor, b: Tensor, cosine: bool, eps: float) -> tuple[Tensor, Ten
                 GROUP=GROUP,
                 **config,
             )
+            if cosine and a.dtype != torch.float16:  # whose products stay in float32's range
+                tiles_n, tiles_m = triton.cdiv(rows_a, UNITS["BLOCK_N"]), triton.cdiv(rows_b, UNITS["BLOCK_M"])
+                _units_kernel[(batches * tiles_n * tiles_m,)](*given, tiles_n, tiles_m, *strides_of, eps, **UNITS)
     return scores, norm_a, norm_b
 
 

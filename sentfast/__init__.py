@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 
+from sentfast import single
+
 # Some of these share their module's name; bound here, the name is the function whatever is imported later.
-from sentfast.accelerate import UnsupportedModelError, accelerate, is_accelerated, precision_of, restore
+from sentfast.accelerate import UnsupportedModelError, accelerate, is_accelerated, precision_of, refresh, restore
 from sentfast.doctor import doctor
 from sentfast.explain import explain
-from sentfast.report import report
+from sentfast.report import SentfastWarning, report
 from sentfast.switch import disable, disabled, enable, is_enabled, start
 
 TYPE_CHECKING = False
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "SentfastWarning",
     "UnsupportedModelError",
     "accelerate",
     "cpu_isa",
@@ -35,6 +38,7 @@ __all__ = [
     "is_accelerated",
     "is_enabled",
     "precision_of",
+    "refresh",
     "report",
     "restore",
     "search",
@@ -70,4 +74,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
 
 
+single.remember()
 start()

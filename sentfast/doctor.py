@@ -16,41 +16,71 @@ _PACKAGES = ("sentfast", "torch", "sentence-transformers", "transformers", "trit
 _OPENMP = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$")
 
 
+HEALTHY, BROKEN, STOCK_SPEED = 0, 4, 3  # exit codes of the command
+_VERDICTS = {
+    HEALTHY: "healthy",
+    STOCK_SPEED: "healthy, but at stock speed: nothing is accelerated here",
+    BROKEN: "broken: what does not work runs the original code, or not at all",
+}
+
+
 class Diagnosis:
-    """Returned by :func:`doctor`; prints as text.
+    """Returned by :func:`doctor`; prints as text, the verdict first.
 
     Attributes:
         facts: section -> what was found, ready for JSON.
         missing: what would make it faster, with the command that adds it.
         broken: what is wrong; empty if healthy.
+        stock: why everything runs at stock speed though nothing is broken; empty if something is accelerated.
     """
 
-    def __init__(self, facts: dict[str, Any], missing: tuple[str, ...], broken: tuple[str, ...]):
-        self.facts, self.missing, self.broken = facts, missing, broken
+    def __init__(
+        self, facts: dict[str, Any], missing: tuple[str, ...], broken: tuple[str, ...], stock: tuple[str, ...] = ()
+    ):
+        self.facts, self.missing, self.broken, self.stock = facts, missing, broken, stock
 
     @property
     def healthy(self) -> bool:
         return not self.broken
 
+    @property
+    def exit_code(self) -> int:
+        """0 healthy, 3 healthy but at stock speed, 4 broken."""
+        return BROKEN if self.broken else STOCK_SPEED if self.stock else HEALTHY
+
+    @property
+    def verdict(self) -> str:
+        return _VERDICTS[self.exit_code]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "healthy": self.healthy,
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
             "missing": list(self.missing),
             "broken": list(self.broken),
+            "stock": list(self.stock),
             **self.facts,
         }
 
-    def __str__(self) -> str:
-        lines: list[str] = []
+    def text(self, verbose: bool = False) -> str:
+        """Verdict, remedies, then what was found; the operators one by one only if `verbose`."""
+        lines = [self.verdict]
+        lines += [f"BROKEN: {line}" for line in self.broken]
+        lines += [f"stock speed: {line}" for line in self.stock]
+        lines += [f"missing: {line}" for line in self.missing]
         for section, found in self.facts.items():
             lines.append(section)
-            if isinstance(found, dict):
+            if not verbose and section in _SUMMARIES:
+                lines.append(f"  {_SUMMARIES[section](found)}")
+            elif isinstance(found, dict):
                 lines += [f"  {key:28} {_text(value)}" for key, value in found.items()]
             else:
                 lines.append(f"  {_text(found)}")
-        lines += [f"missing: {line}" for line in self.missing] + [f"BROKEN: {line}" for line in self.broken]
-        lines.append("healthy" if self.healthy else "not healthy")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 def _text(value: Any) -> str:
@@ -59,24 +89,46 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
 
 
+def _summary_of_backends(table: dict[str, dict[str, str]]) -> str:
+    counts = {
+        backend: sum(row[backend] == "yes" for row in table.values()) for backend in next(iter(table.values()), {})
+    }
+    runs = ", ".join(f"{backend} {count}" for backend, count in counts.items())
+    return f"of {len(table)} operators run on: {runs} (each with -v)"
+
+
+def _summary_of_test(results: dict[str, str]) -> str:
+    failed = [name for name, result in results.items() if result != "OK"]
+    return f"{len(results) - len(failed)} of {len(results)} OK" + (f"; failed: {', '.join(failed)}" if failed else "")
+
+
+_SUMMARIES: dict[str, Callable[[Any], str]] = {
+    "backends": _summary_of_backends,
+    "patched": lambda names: f"{len(names)} functions and methods (by name with -v)",
+    "self-test": _summary_of_test,
+}
+
+
 def doctor() -> Diagnosis:
     """Looks at the installation and runs every operator once against its definition in float64."""
     facts: dict[str, Any] = {"versions": _versions()}
     if not _installed("torch"):
-        return Diagnosis(facts, (), ("PyTorch is not installed: pip install torch",))
+        return Diagnosis(facts, (), ("PyTorch is not installed: python -m pip install torch",))
     try:
         importlib.import_module("sentfast.ops")
     except Exception as error:
         return Diagnosis(facts, (), (f"the operators do not load: {type(error).__name__}: {error}",))
     missing: list[str] = []
     broken: list[str] = []
-    facts["libraries"] = _libraries(missing, broken)
+    stock: list[str] = []
+    facts["installed"] = _installation()
+    facts["libraries"] = _libraries(missing, broken, stock)
     facts["machine"] = _machine()
     facts["backends"] = _backends()
-    facts["patched"] = _patched(missing, broken)
+    facts["patched"] = _patched(missing, broken, stock)
     facts["self-test"] = self_test()
     broken += [f"self-test of {name}: {result}" for name, result in facts["self-test"].items() if result != "OK"]
-    return Diagnosis(facts, tuple(missing), tuple(broken))
+    return Diagnosis(facts, tuple(missing), tuple(broken), tuple(stock))
 
 
 def _installed(package: str) -> bool:
@@ -95,21 +147,52 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _libraries(missing: list[str], broken: list[str]) -> dict[str, str]:
+def _installation() -> dict[str, str]:
+    from sentfast import install
+
+    root, other = install.clone(), install.shadowed()
+    found = {"package": os.path.dirname(os.path.abspath(__file__))}
+    if root is not None:
+        found["kind"] = f"sources, imported from {root}"
+    if other is not None:
+        found["shadowed"] = f"the installed package in {other}, which has kernels, is not the one that is imported"
+    return found
+
+
+def _libraries(missing: list[str], broken: list[str], stock: list[str]) -> dict[str, str]:
     import torch
 
-    from sentfast import native
+    from sentfast import install, native
 
     reasons = {"cpu": native.why_no_cpu(), "cuda": native.why_no_cuda(), "triton": native.why_no_triton("cuda")}
-    built = native.build_info()
-    if reasons["cpu"]:
-        (broken if built else missing).append(f"{reasons['cpu']}. Mend it with: {native.MEND}")
-    if torch.cuda.is_available():
-        if reasons["cuda"]:
-            (broken if built.get("cuda") else missing).append(f"{reasons['cuda']}. Mend it with: {native.MEND}")
+    gpu = torch.cuda.is_available()
+    without_cpu = missing if gpu and not reasons["triton"] else stock
+    if reasons["cpu"] and native.built():
+        broken.append(f"{reasons['cpu']}. Mend it with: {install.remedy()}")
+    elif reasons["cpu"]:
+        without_cpu.append(f"{reasons['cpu']}. {native.advice()}")
+    elif native.cpu_isa() == "scalar":
+        without_cpu.append(_why_scalar(native.supported_cpu_isas()))
+    elif not native.state.products:
+        missing.append(
+            f"the encoder and matrices of scores run the original code: the kernels of {native.cpu_isa()} were never "
+            f"measured. Try them with: SENTFAST_CPU_ISA={native.cpu_isa()}"
+        )
+    if gpu:
+        if reasons["cuda"] and native.build_info().get("cuda"):
+            broken.append(f"{reasons['cuda']}. Mend it with: {install.remedy()}")
+        elif reasons["cuda"]:
+            missing.append(f"{reasons['cuda']}. Add it with nvcc on PATH and: {install.remedy()}")
         if reasons["triton"]:
-            missing.append(f"{reasons['triton']}. Add it with: pip install triton")
+            missing.append(f"{reasons['triton']}. Add it with: python -m pip install triton")
     return {name: reason or "loaded" for name, reason in reasons.items()}
+
+
+def _why_scalar(supported: tuple[str, ...]) -> str:
+    """Why the plain kernels are in use: asked for, or there is no better instruction set."""
+    if len(supported) > 1:
+        return f"the scalar kernels are in use though this CPU has {supported[-1]}: unset SENTFAST_CPU_ISA"
+    return "this CPU has no instruction set that there are fast kernels for"
 
 
 def _machine() -> dict[str, Any]:
@@ -118,7 +201,7 @@ def _machine() -> dict[str, Any]:
     from sentfast import native
 
     machine: dict[str, Any] = {
-        "cpu isa selected": native.cpu_isa() if native.cpu_loaded() else "none",
+        "cpu isa selected": _isa(),
         "cpu isas": native.supported_cpu_isas(),
         "threads": torch.get_num_threads(),
         "cpus of this process": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -128,6 +211,14 @@ def _machine() -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(index)
         machine[f"gpu {index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
     return machine
+
+
+def _isa() -> str:
+    from sentfast import native
+
+    if not native.cpu_loaded():
+        return "none"
+    return native.cpu_isa() + ("" if native.state.structure else ": the original code runs, which is faster [SF131]")
 
 
 def openmp_runtimes() -> list[str]:
@@ -157,19 +248,34 @@ def _backends() -> dict[str, dict[str, str]]:
     return table
 
 
-def _patched(missing: list[str], broken: list[str]) -> list[str]:
+def _patched(missing: list[str], broken: list[str], stock: list[str]) -> list[str]:
     from sentfast import switch
 
     if not _installed(switch.TARGET):
-        missing.append("sentence-transformers is not installed: pip install sentence-transformers")
-    elif switch.is_enabled():
-        try:
-            importlib.import_module(switch.TARGET)
-        except ImportError as error:
-            broken.append(f"sentence-transformers does not import: {error}")
+        missing.append("sentence-transformers is not installed: python -m pip install sentence-transformers")
+        return []
+    if not switch.is_enabled():
+        by = "SENTFAST_DISABLE is set" if os.environ.get("SENTFAST_DISABLE", "0") not in ("", "0") else "disable()"
+        stock.append(f"sentfast is switched off ({by}): unset it, or call sentfast.enable()")
+        return switch.patched()
+    try:
+        importlib.import_module(switch.TARGET)
+    except ImportError as error:
+        broken.append(f"sentence-transformers does not import: {error}")
     if switch.problem():
         broken.append(f"sentence-transformers is not accelerated: {switch.problem()}")
+    elif switch.TARGET in sys.modules and not switch.patched():
+        version, tested = _versions()["sentence-transformers"], _tested()
+        stock.append(
+            f"sentence-transformers {version} is not known and nothing of it is patched; tested are {tested}: "
+            "python -m pip install 'sentence-transformers>=5.1,<6.3', or a newer sentfast"
+        )
     return switch.patched()
+
+
+def _tested() -> str:
+    tested: str = importlib.import_module("sentfast.integrations.versions").TESTED
+    return tested
 
 
 def self_test() -> dict[str, str]:

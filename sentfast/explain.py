@@ -173,8 +173,10 @@ def _module_row(version: Version | None, name: str, module: Any, probe: Any) -> 
 
 
 def _similarity_row(version: Version | None, metric: str, probe: Any) -> Row:
+    from sentfast.integrations import guards
+
     function, operator = _SCORE_OPERATORS.get(metric, (metric, ""))
-    reason = "SF111" if version is None else "" if operator else "SF101"
+    reason = "SF111" if version is None else guards.products(probe.device.type) if operator else "SF101"
     return _row("similarity", function, operator, reason, probe)
 
 

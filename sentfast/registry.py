@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from sentfast import native
-from sentfast.report import counters
+from sentfast import native, private
+from sentfast.report import anything_ran, counters
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +40,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("sentfast", "DEF")
 # The compiled CUDA kernels live under a namespace of their own, so that one operator can have both them and Triton.
 _CUDA_LIBRARY = torch.library.Library("sentfast_cuda", "DEF")
+for _library in (_LIBRARY, _CUDA_LIBRARY):
+    private.keep_at_exit(_library)
 
 
 def _environment_backend() -> str | None:
@@ -223,16 +225,36 @@ def _triton(op: Op) -> Callable | None:
 @functools.cache
 def _has_cuda(op: Op) -> bool:
     """Asked only when the library is open, so the answer stays."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key((op.forward or op).cuda.name(), "CUDA")
+    return private.has_kernel_for((op.forward or op).cuda.name(), "CUDA")
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Forces a backend in this context: "cpu", "cuda", "triton" or "reference"; a call it cannot run is an error."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    token = _forced.set(backend)
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r:.80}")
+    before = _forced.get()
     try:
+        _forced.set(backend)
         yield
     finally:
-        _forced.reset(token)
+        _forced.set(before)
+
+
+_one_thread_after_fork = False
+
+
+def _before_fork() -> None:
+    global _one_thread_after_fork
+    tasks = "/proc/self/task"
+    _one_thread_after_fork = anything_ran() and (not os.path.isdir(tasks) or len(os.listdir(tasks)) > 1)
+
+
+def _after_fork() -> None:
+    """PyTorch's threads do not outlive a fork, and a child would wait for them; as in a DataLoader, it runs on one."""
+    if _one_thread_after_fork:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from sentfast.report import logger
+from sentfast import locks
+from sentfast.report import logger, warn
 
 # What `import sentfast` loads does without `typing` and `dataclasses`: they take longer to load than all the rest.
 TYPE_CHECKING = False
@@ -22,9 +22,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 TARGET = "sentence_transformers"
-ENVIRONMENT = ("SENTFAST_BACKEND", "SENTFAST_CPU_ISA", "SENTFAST_DISABLE", "SENTFAST_STRICT")
-# Read by setup.py and by the tests; here they mean nothing.
-OTHERS = ("SENTFAST_CUDA", "SENTFAST_CUDA_ARCHS", "SENTFAST_NO_EXT", "SENTFAST_TEST_", "SENTFAST_GPU_DRY_RUN")
+# Those with the values that they may have, where not every value means something.
+ENVIRONMENT: dict[str, tuple[str, ...]] = {
+    "SENTFAST_BACKEND": (),
+    "SENTFAST_CPU_ISA": (),
+    "SENTFAST_CUDA_GRAPHS": ("0", "1"),
+    "SENTFAST_DISABLE": ("0", "1"),
+    "SENTFAST_STRICT": ("0", "1"),
+}
+# Read by setup.py and by the benchmarks; here they mean nothing. Names that begin with TESTS are read by the tests.
+OTHERS = ("SENTFAST_CUDA", "SENTFAST_CUDA_ARCHS", "SENTFAST_NO_EXT", "SENTFAST_GPU_DRY_RUN")
+TESTS = "SENTFAST_TEST_"
 
 
 class Site:
@@ -42,7 +50,7 @@ class _Patch:
         self.original, self.replacement = original, replacement
 
 
-_lock = threading.RLock()
+_lock = locks.new()
 _ledger: list[_Patch] = []
 _added: list[Site] = []  # sites that came up later, by their first use
 _enabled = False
@@ -61,20 +69,23 @@ def disabled() -> Iterator[None]:
 
     It does not reach into code that ``torch.compile`` has already compiled.
     """
-    token = _disabled_here.set(True)
+    # By value, not by token: an interrupt may come between setting it and having the token.
+    before = _disabled_here.get()
     try:
+        _disabled_here.set(True)
         yield
     finally:
-        _disabled_here.reset(token)
+        _disabled_here.set(before)
 
 
 def run_original(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Calls an original with everything that it calls in turn also unpatched."""
-    token = _disabled_here.set(True)
+    before = _disabled_here.get()
     try:
+        _disabled_here.set(True)
         return function(*args, **kwargs)
     finally:
-        _disabled_here.reset(token)
+        _disabled_here.set(before)
 
 
 def enable() -> None:
@@ -105,7 +116,9 @@ def remove(site: Site) -> None:
     """Undoes :func:`add`."""
     with _lock:
         _added[:] = [other for other in _added if not _same(site, other)]
-        _ledger[:] = [patch for patch in _ledger if not _same(site, patch) or not _restore(patch)]
+        for patch in [patch for patch in _ledger if _same(site, patch)]:
+            if _restore(patch):
+                _ledger.remove(patch)
 
 
 def disable() -> None:
@@ -116,7 +129,9 @@ def disable() -> None:
         if _finder in sys.meta_path:
             sys.meta_path.remove(_finder)
         # An entry that stays is not patched again by enable(): the other code still calls our replacement.
-        _ledger[:] = reversed([patch for patch in reversed(_ledger) if not _restore(patch)])
+        for patch in list(reversed(_ledger)):
+            if _restore(patch):
+                _ledger.remove(patch)
 
 
 def patched() -> list[str]:
@@ -135,22 +150,24 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _apply(site: Site) -> None:
-    if any(_same(site, patch) for patch in _ledger):
-        return
-    original = _current(site.owner, site.attribute)
-    replacement = site.build(original)
-    setattr(site.owner, site.attribute, replacement)
-    _ledger.append(_Patch(site, original, replacement))
+    """The ledger comes first, here and below: wherever an interrupt comes, what is replaced stands in it."""
+    patch = next((patch for patch in _ledger if _same(site, patch)), None)
+    if patch is None:
+        original = _current(site.owner, site.attribute)
+        patch = _Patch(site, original, site.build(original))
+        _ledger.append(patch)
+    if _current(patch.owner, patch.attribute) is patch.original:
+        setattr(patch.owner, patch.attribute, patch.replacement)
 
 
 def _restore(patch: _Patch) -> bool:
     """Whether the attribute was still ours."""
+    if _current(patch.owner, patch.attribute) is patch.original:
+        return True
     if _current(patch.owner, patch.attribute) is patch.replacement:
         setattr(patch.owner, patch.attribute, patch.original)
         return True
-    logger.warning(
-        "%s was patched by other code after sentfast and is left as it is; it runs the original code", patch.name
-    )
+    warn(f"{patch.name} was patched by other code after sentfast and is left as it is; it runs the original code")
     return False
 
 
@@ -163,9 +180,9 @@ def _patch() -> None:
     spec = getattr(sys.modules[TARGET], "__spec__", None)
     if getattr(spec, "_initializing", False) and not _finder.patching:
         _problem = f"imported in the middle of the import of {TARGET}; call sentfast.enable() afterwards"
-        logger.warning("sentence-transformers is not accelerated: %s", _problem)
+        warn(f"sentence-transformers is not accelerated: {_problem}")
         return
-    # The switch must never break an import: what goes wrong is logged, shown by doctor, and leaves the original code.
+    # The switch must never break an import: what goes wrong is shown, here and by doctor, and leaves the original code.
     try:
         sites = importlib.import_module("sentfast.integrations.sentence_transformers").sites()
         for site in sites:
@@ -173,7 +190,8 @@ def _patch() -> None:
         _problem = ""
     except Exception as error:
         _problem = f"{type(error).__name__}: {error}"
-        logger.exception("sentence-transformers is not accelerated: %s", _problem)
+        logger.info("sentence-transformers is not accelerated", exc_info=True)
+        warn(f"sentence-transformers is not accelerated: {_problem}")
 
 
 class _Finder:
@@ -222,13 +240,18 @@ _finder = _Finder()
 
 
 def _check_environment() -> None:
-    """Warns of names that look like ours and mean nothing, so that a typing error is seen."""
+    """Warns of names that look like ours and mean nothing, and of values that mean nothing."""
     for name in sorted(os.environ):
-        if name.startswith("SENTFAST_") and name not in ENVIRONMENT and not name.startswith(OTHERS):
+        if not name.startswith("SENTFAST_") or name in OTHERS or name.startswith(TESTS):
+            continue
+        if name not in ENVIRONMENT:
             difflib = importlib.import_module("difflib")
-            near = difflib.get_close_matches(name, ENVIRONMENT, 1, 0)
-            known = ", ".join(ENVIRONMENT)
-            logger.warning("unknown environment variable %s; nearest: %s; known: %s", name, near[0], known)
+            near = difflib.get_close_matches(name, ENVIRONMENT, 1, 0)[0]
+            warn(f"unknown environment variable {name}; nearest: {near}; known: {', '.join(ENVIRONMENT)}")
+            continue
+        value, values = os.environ[name], ENVIRONMENT[name]
+        if values and value not in ("", *values):
+            warn(f"{name}: expected one of {values}, got {value!r}")
 
 
 def start() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import ptx.settings
 import torch
 
 import sentfast
@@ -24,8 +25,13 @@ class Backend:
         return f"{self.name}-{self.isa}" if self.isa else self.name
 
     @property
+    def slow(self) -> bool:
+        """A GPU's backend on CPU tensors: by Triton's interpreter of Python, or compiled and by ours of PTX."""
+        return self.name in ("triton", "cuda") and self.device == "cpu"
+
+    @property
     def interpreted(self) -> bool:
-        return self.name == "triton" and self.device == "cpu"
+        return self.slow and ptx.settings.asked() is None
 
     def supports(self, dtype: torch.dtype) -> bool:
         # Triton's interpreter computes bfloat16 wrongly without a word (triton-lang/triton#11584).
@@ -50,12 +56,30 @@ class Backend:
         assert not missing, f"{missing} did not run on {self}"
 
 
+def executed(backend: str, architecture: str) -> list[Backend]:
+    """The one backend of a GPU whose compiled code runs here, in the interpreter of PTX."""
+    if backend == "triton":
+        from ptx import triton_driver
+
+        triton_driver.install(int(architecture))
+    else:
+        from ptx import cuda_library
+
+        cuda_library.install(architecture)
+    return [Backend(backend, "cpu")]
+
+
 def available() -> list[Backend]:
+    asked = ptx.settings.asked()
+    if asked is not None:
+        return executed(*asked)
     found = [Backend("reference", "cpu")]
     found += [Backend("cpu", "cpu", isa) for isa in native.supported_cpu_isas()]
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [Backend("triton", "cpu")]
     if torch.cuda.is_available():
+        if os.environ.get("SENTFAST_TEST_GPU_ALONE") == "1":  # what no other machine can test
+            found = []
         found.append(Backend("triton", "cuda"))
         if not native.why_no_cuda():
             found.append(Backend("cuda", "cuda"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import encoders
+import ptx.settings
 import pytest
 import tiny_models
 import torch
@@ -19,7 +20,8 @@ from sentfast.encoder import Composed, encoder_of
 
 LENGTHS = [9, 3, 1, 17, 6]
 GPU = torch.device("cuda", 0)
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
+on_cpu_tensors = os.environ.get("TRITON_INTERPRET") == "1" or (ptx.settings.asked() or ("",))[0] == "triton"
+interpreted = pytest.mark.skipif(not on_cpu_tensors, reason="neither TRITON_INTERPRET=1 nor SENTFAST_TEST_PTX is set")
 needs_fused = pytest.mark.skipif(tiny_models.VERSION < (6, 2), reason="encode has no loop of its own")
 # Of `encode`.
 ARGUMENTS: dict[str, dict[str, Any]] = {

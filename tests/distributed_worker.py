@@ -41,9 +41,11 @@ if VERSION >= (5, 3):
     )
 
 
-def one_step(path: str, name: str, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+def one_step(
+    path: str, name: str, rank: int, world: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of this rank's rows. DDP averages the gradients; for the cached loss we do."""
-    model = build(path).train()
+    model = build(path).train().to(dtype)
     loss = LOSSES[name](model, world > 1)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_("pooler" not in parameter_name)  # unused, and DDP would wait for it
@@ -96,6 +98,7 @@ def main(path: str, folder: Path, with_trainer: bool) -> None:
     with nullcontext() if native.cpu_loaded() else registry.use_backend("reference"):
         for name in LOSSES:
             found["eager"][name, "whole"] = whole(path, name)
+            found["eager"][name, "exact"] = whole(path, name, torch.float64)
         dist.init_process_group("gloo", rank=rank, world_size=world)
         for mode, results in found.items():
             with nullcontext() if mode == "ours" else sentfast.disabled():
@@ -109,9 +112,9 @@ def main(path: str, folder: Path, with_trainer: bool) -> None:
     dist.destroy_process_group()
 
 
-def whole(path: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def whole(path: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     with sentfast.disabled():
-        return one_step(path, name, 0, 1)
+        return one_step(path, name, 0, 1, dtype)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from sentfast.integrations import transformers as adapter
 VOCABULARY = 60
 PADDING = 1
 FEW_TOKENS = 16
-# Hidden size and heads: head sizes 8, 16, 24, 32 and 64.
-SIZES = ((32, 4), (48, 3), (72, 3), (64, 2), (64, 1))
 
 _CLASSES = {
     "bert": ("BertConfig", "BertModel"),
@@ -45,6 +43,12 @@ ADAPTED = {
     "gated": ("modernbert", ["Wqkv", "Wo", "Wi"]),
     "projection": ("electra", ["embeddings_project", "key"]),
 }
+
+
+def drawn_size() -> tuple[int, int]:
+    """A hidden size and its heads, one to three of 8 to 128 columns."""
+    heads = int(torch.randint(1, 4, ()))
+    return heads * 8 * int(torch.randint(1, 17, ())), heads
 
 
 def config(model_type: str, hidden: int = 32, heads: int = 4, **options: Any) -> Any:
@@ -71,9 +75,13 @@ def config(model_type: str, hidden: int = 32, heads: int = 4, **options: Any) ->
     return getattr(transformers, _CLASSES[model_type][0])(**{**common, **usual, **own, **options})
 
 
+def class_of(model_type: str) -> Any:
+    return getattr(transformers, _CLASSES[model_type][1])
+
+
 def model(model_type: str, hidden: int = 32, heads: int = 4, *, pooler: bool = True, **options: Any) -> Any:
     """In evaluation mode; every parameter is random, so a bias or a norm that is forgotten is seen."""
-    cls = getattr(transformers, _CLASSES[model_type][1])
+    cls = class_of(model_type)
     made = cls(config(model_type, hidden, heads, **options), **({} if pooler else {"add_pooling_layer": False})).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():

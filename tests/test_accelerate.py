@@ -92,7 +92,8 @@ def test_base_model_inside():
     model, inputs = transformers.BertForSequenceClassification(encoders.config("bert")).eval(), encoders.batch(LENGTHS)
     expected = stock(model, **inputs)
     assert sentfast.accelerate(model, "bf16") is model
-    assert sentfast.precision_of(model) == sentfast.precision_of(model.bert) == "bf16"
+    computed = "bf16" if native.cpu_loaded() and native.cpu_isa() == "avx512_bf16" else "match"
+    assert sentfast.precision_of(model) == sentfast.precision_of(model.bert) == computed
     sentfast.accelerate(model)
     assert sentfast.precision_of(model) == "match" and sentfast.is_accelerated(model.bert)
     with ran():
@@ -100,7 +101,7 @@ def test_base_model_inside():
     torch.testing.assert_close(result.logits, expected.logits)
 
 
-def test_bf16(caplog):
+def test_bf16():
     model, inputs = encoders.model("bert", 64, 2), encoders.batch(LENGTHS)
     exact = encoders.exact(model, inputs)
     used = inputs["attention_mask"].bool()
@@ -115,18 +116,18 @@ def test_bf16(caplog):
     for isa in native.supported_cpu_isas():
         if isa == "avx512_bf16":
             continue
-        caplog.clear()
+        sentfast.report(reset=True)
         try:
             native.cpu_isa(isa)
-            with caplog.at_level("WARNING", "sentfast"):
+            with pytest.warns(sentfast.SentfastWarning, match=f"{isa}. have no bfloat16 products"):
                 sentfast.accelerate(model, "bf16")
+            assert sentfast.precision_of(model) == "match"
             (row,) = sentfast.explain(model).rows
             assert row.precision == "fp32" and "bf16 asked for" in str(row)
             with ran():
                 plain = model(**inputs).last_hidden_state[used]
         finally:
             native.cpu_isa(before)
-        assert "no bfloat16 products" in caplog.text
         assert_accurate(plain, stock(model, **inputs).last_hidden_state[used], exact)
     assert sentfast.explain(model).rows[0].precision == ("bf16" if with_products else "fp32")
 
@@ -150,11 +151,13 @@ def test_what_is_not_covered_is_named():
         sentfast.accelerate(nn.Linear(2, 2))
 
 
-def test_what_is_covered_is_accelerated(caplog):
+def test_what_is_covered_is_accelerated():
     good, bad = encoders.model("bert"), encoders.model("bert", 40, 4)
-    with caplog.at_level("WARNING", "sentfast"):
+    sentfast.report(reset=True)
+    with pytest.warns(
+        sentfast.SentfastWarning, match=r"not accelerated: bad \(BertModel\): configuration that the enc"
+    ):
         sentfast.accelerate(nn.ModuleDict({"good": good, "bad": bad}))
-    assert "not accelerated: bad (BertModel): configuration that the encoder does not cover" in caplog.text
     assert sentfast.is_accelerated(good) and not sentfast.is_accelerated(bad)
 
 
@@ -208,7 +211,8 @@ def test_restore():
 
 
 def test_marked_by_the_drop_in():
-    model, inputs = encoders.model("bert"), encoders.batch(LENGTHS)
+    # Without padding: nobody has said that its rows may be 0.
+    model, inputs = encoders.model("bert"), encoders.batch([7, 7])
     adapter.mark(model)
     assert not sentfast.is_accelerated(model)
     check(model, inputs)

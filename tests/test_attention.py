@@ -66,6 +66,23 @@ def test_several_blocks(backend: Backend, shape: str, dtype: torch.dtype, with_b
 
 
 @every_backend
+def test_any_head_size(backend: Backend) -> None:
+    """Tiles of every width beside whole ones."""
+    for dim in [*(8 * torch.randint(1, 41, (3,))).tolist(), int(torch.randint(1, 200, ()))]:
+        lengths, heads = torch.randint(0, 70, (3,)).tolist(), int(torch.randint(1, 3, ()))
+        tensors = [torch.randn(sum(lengths), 3, heads, dim, device=backend.device)]
+        grad = torch.randn(sum(lengths), heads, dim, device=backend.device)
+        options = {"cu_seqlens": lengths_of(*lengths).to(backend.device)}
+        with backend.forced(*OPERATORS):
+            result = attend(backend.name, tensors, grad, **options)
+        eager = attend("reference", tensors, grad, **options)
+        exact = attend("reference", [x.double() for x in tensors], grad, **options)
+        size = grad.abs().max().item() if grad.numel() else 0.0
+        for name, got, plain, true in zip(("out", "qkv"), result, eager, exact, strict=True):
+            assert_accurate(got, plain, true, size=size, what=f"{name}, {lengths} x {heads} x {dim}")
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_mask_is_that_of_the_definition(backend: Backend, dtype: torch.dtype) -> None:
     """With equal scores and unit vectors as values the result is the mask."""
@@ -195,7 +212,7 @@ def test_what_the_kernel_of_cuda_refuses() -> None:
         assert word in refuses(*plain[:place], value, *plain[place + 1 :])
 
 
-@pytest.mark.skipif(not BACKENDS[0].interpreted, reason="4 GiB that cost nothing only where pages are not touched")
+@pytest.mark.skipif(not BACKENDS[0].slow, reason="4 GiB that cost nothing only where pages are not touched")
 def test_offsets_are_64_bit() -> None:
     step = 2**31 + 8
     far = torch.zeros(step + 3 * 16, dtype=torch.float16)

@@ -20,7 +20,7 @@ from torch import Tensor
 import sentfast
 from sentfast import functional, switch
 from sentfast.encoder import composed as composed_module
-from sentfast.encoder import device, lengths, pack_on_device
+from sentfast.encoder import device, encoder_of, lengths, pack_on_device
 from sentfast.integrations import loaders
 from sentfast.ops import linear
 
@@ -31,7 +31,7 @@ if tiny_models.VERSION >= (6, 2):  # before, `encode` has no loop of its own
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
 def test_token_embeddings(model_type: str) -> None:
-    for hidden, heads in encoders.SIZES:
+    for hidden, heads in (encoders.drawn_size() for _ in range(4)):
         made, inputs = encoders.model(model_type, hidden, heads), encoders.batch(LENGTHS)
         if model_type in encoders.WITH_TOKEN_TYPES:
             inputs["token_type_ids"] = torch.randint(0, 2, inputs["input_ids"].shape)
@@ -373,3 +373,21 @@ def test_triton_interpreted_gradients(model_type: str, monkeypatch: pytest.Monke
             exact, true = test_training.exact_gradients(made, inputs, weights)
     assert_accurate(result, eager, exact, size=4 * exact.abs().max().item())
     test_training.assert_gradients(got, plain, true)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_copies_that_are_being_made_do_not_count_as_made(monkeypatch):
+    """Another thread would compute with the old ones."""
+    model = encoders.model("bert")
+    encoder = encoder_of(model)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.mul_(2)
+    seen, original = [], encoder._matrix
+
+    def matrix(linears):
+        seen.append(encoder.current())
+        return original(linears)
+
+    monkeypatch.setattr(encoder, "_matrix", matrix)
+    encoder.refresh()
+    assert seen and not any(seen) and encoder.current()

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sentfast import registry
-from sentfast.encoder import Composed, device, examine, graphs, lengths, pack_on_device, training
+from sentfast.encoder import Composed, device, examine, graphs, lengths, pack_on_device, structure, training
 from sentfast.encoder import composed as composed_module
 from sentfast.integrations import guards
 from sentfast.reference import POOLING_MODES
@@ -89,6 +89,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(composed_module, "captures", lambda device: False)
     # A fake parameter is no nn.Parameter by its type.
     monkeypatch.setattr(examine, "_check_parameters", lambda model: None)
+    # Nor has a fake buffer numbers, which are looked at once, when a model is examined.
+    monkeypatch.setattr(examine, "_check_buffers", lambda model: None)
     monkeypatch.setattr(FakeTensor, "__getitem__", indexed, raising=False)
     monkeypatch.setattr(FakeTensor, "copy_", lambda x, source: torch.ops.aten.copy_(x, source), raising=False)
     monkeypatch.setattr(guards, "PLAIN", (*guards.PLAIN, FakeTensor))
@@ -120,6 +122,17 @@ def launches_of(launches: Launches, run: Callable[[], Tensor]) -> list[str]:
 
 
 PER_LAYER = 7
+
+
+def test_no_number_is_read_to_see_changes() -> None:
+    """What is compared at every call, of tensors that have no numbers: to read one is an error."""
+    weights, buffer = torch.empty(3, 2, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    state, written = structure.State([weights], [buffer]), structure.Versions([weights])
+    assert state.same() and written.same()
+    weights.mul_(2)
+    assert state.same() and not written.same()
+    buffer.add_(1)
+    assert not state.same_buffers()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

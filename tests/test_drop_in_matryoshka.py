@@ -79,6 +79,18 @@ def test_all_lengths_in_one_call(model, guide, inner, options):
     assert calls_of(make(model, **others)) == (lengths if apart else 1)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside another"])
+def test_guided_by_the_model_itself(path, inside):
+    """Its embeddings are cut as the model's are, since the loss cuts what comes out of the model."""
+    model = build(path).eval()  # without dropout
+
+    def make(model):
+        guide = SentenceTransformer(modules=[model], device="cpu") if inside else model
+        return losses.MatryoshkaLoss(model, GIST(model, guide), DIMS)
+
+    assert_same(make, model, columns(3), operators=())
+
+
 @pytest.mark.parametrize("outer", [losses.Matryoshka2dLoss, losses.AdaptiveLayerLoss])
 def test_over_the_layers_too(path, outer):
     model = build(path).train()

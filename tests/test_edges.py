@@ -174,7 +174,7 @@ def test_large_results_are_tensors_like_all_others(tmp_path: Path) -> None:
     assert resident[1] - resident[0] < 100 << 20
 
 
-@pytest.mark.skipif(not native.cpu_loaded() or BACKENDS[0].interpreted, reason="about the compiled CPU kernels")
+@pytest.mark.skipif(not native.cpu_loaded() or BACKENDS[0].slow, reason="about the compiled CPU kernels")
 def test_more_than_2_to_the_31_elements() -> None:
     """Offsets are 64-bit: one row of memory seen as 2^27 + 8 tokens, and a row far from the start of its storage."""
     tokens = 2**27 + 8
@@ -272,3 +272,60 @@ RAW = {
 def test_raw_operators_refuse_what_would_be_undefined(name: str) -> None:
     with pytest.raises(RuntimeError, match="expected|unknown mode"):
         RAW[name](torch.ops.sentfast)
+
+
+def expanded(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """One number in any shape: its size says nothing about memory."""
+    return torch.zeros([1] * len(sizes), dtype=dtype).expand(sizes)
+
+
+@pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
+@pytest.mark.parametrize("power", (61, 62))
+def test_sizes_beyond_memory_raise(power: int) -> None:
+    """Bytes that pass 2^63, and such as come out small again in 64 bits."""
+    huge = 2**power + int(torch.randint(2**30, ()))
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    calls = (
+        lambda: F.l2_normalize(expanded(huge, 1)),
+        lambda: F.cosine_similarity(expanded(huge, 1), expanded(3, 1)),
+        lambda: F.cosine_similarity(expanded(huge, 1), expanded(huge, 1)),
+        lambda: F.dot_similarity(expanded(2**32, 1), expanded(2**31, 1)),
+        lambda: F.dot_similarity(expanded(3, huge), expanded(3, huge)),
+        lambda: F.pairwise_similarity(expanded(huge, 1), expanded(huge, 1)),
+        lambda: F.pairwise_cosine_similarity(expanded(huge, 1), expanded(huge, 1)),
+        lambda: F.pool(expanded(huge, 1, 1), expanded(huge, 1, dtype=torch.int64)),
+        lambda: F.pool(expanded(1, huge, 1), expanded(1, huge, dtype=torch.int64)),
+        lambda: F.pool(expanded(1, 1, huge), expanded(1, 1, dtype=torch.int64), mode=("mean", "cls")),
+        lambda: F.varlen_attention(*[expanded(1, huge, 1)] * 3, cu_seqlens=starts),
+        lambda: F.varlen_attention(*[expanded(1, 1, huge)] * 3, cu_seqlens=starts),
+        lambda: F.linear(expanded(huge, 1), torch.zeros(5, 1)),
+        lambda: F.linear(torch.zeros(4, 1), expanded(huge, 1)),
+        lambda: F.dropout_add_layer_norm(expanded(huge, 2), None, torch.ones(2), torch.zeros(2)),
+        lambda: F.bias_activation(expanded(huge, 2), None, "gelu"),
+        lambda: F.dropout(expanded(huge, 2), 0.5),
+        lambda: F.contrastive_loss(expanded(huge, 1), expanded(huge, 1)),
+        lambda: F.contrastive_loss(expanded(2, 1), expanded(huge, 1)),
+    )
+    with registry.use_backend("cpu"):
+        for number, call in enumerate(calls):
+            with pytest.raises((RuntimeError, ValueError, MemoryError), match=r"\d|overflow|memory") as caught:
+                call()
+            assert str(caught.value), f"call {number} says nothing"
+        assert F.l2_normalize(torch.empty(0).expand(huge, 0)).shape == (huge, 0)
+
+
+@pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
+def test_large_results_can_be_resized() -> None:
+    """As PyTorch's own: another size of `out=`, and memory given back while the tensor stays."""
+    a, ids = torch.randn(600, 700), torch.zeros(600, 1, 700)
+    for result in (
+        F.l2_normalize(a),
+        F.dot_similarity(a, a),
+        F.cosine_similarity(a, a),
+        F.pool(ids, torch.ones(600, 1, dtype=torch.int64)),
+    ):
+        assert result.numel() * result.element_size() >= 2**20
+        torch.cat([a, a], out=result.resize_(0))
+        assert torch.equal(result[600:], a)
+        result.untyped_storage().resize_(0)
+        assert result.untyped_storage().nbytes() == 0

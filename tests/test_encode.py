@@ -50,16 +50,14 @@ def test_all_outputs(makers, kind):
     model = makers[kind]()
     with sentfast.disabled():
         eager = model.encode(TEXTS[:5], output_value=None)
-    with ran("encoder", codes={"SF107"} if FUSED else set(), fused=False):
+    # Rows that the mask hides are returned too, so the base model runs as steps.
+    with ran("dropout_add_layer_norm", codes={"SF107"} if FUSED else set(), fused=False):
         result = model.encode(TEXTS[:5], output_value=None)
     assert [list(x) for x in result] == [list(x) for x in eager]
     for ours, theirs in zip(result, eager, strict=True):
         for name, value in theirs.items():
             if not isinstance(value, torch.Tensor):
                 assert ours[name] == value
-            elif name == "token_embeddings":  # what stands in padded positions has no meaning
-                used = theirs["attention_mask"].bool()
-                torch.testing.assert_close(ours[name][used], value[used], atol=1e-5, rtol=1e-5)
             else:
                 torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
 
@@ -209,6 +207,7 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("form", ["texts", "pairs", "prompt", "short", "no limit"])
 def test_token_ids_are_those_of_the_model(makers, monkeypatch, form):
     model = makers["bert"]()
+    model.encode("before the first one, the encoder is tried")
     inputs = PAIRS if form == "pairs" else [text for text in texts(300, seed=3) if form != "no limit" or len(text) < 40]
     if form == "short":
         model.max_seq_length = 7
@@ -253,8 +252,10 @@ def test_tokens_per_batch_are_bounded(makers, monkeypatch):
     from sentfast.integrations import encode
 
     monkeypatch.setattr(encode, "TOKENS", 100)
+    model = makers["bert"]()
+    model.encode("before the first one, the encoder is tried")
     with recorded(monkeypatch) as calls:
-        check(makers["bert"](), TEXTS * 10)
+        check(model, TEXTS * 10)
     assert len(calls) > 10 and max(len(ids) for ids, _, _ in calls) <= 100
     lengths = [np.diff(ends) for _, ends, _ in calls]
     assert all((np.diff(batch) <= 0).all() for batch in lengths)

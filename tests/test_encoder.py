@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import encoders
 import pytest
@@ -13,8 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from sentfast import native, reference
-from sentfast.encoder import encoder as module
-from sentfast.encoder import encoder_of, examine, pack_padded, weights
+from sentfast.encoder import encoder_of, examine, on_cpu, pack_padded, products, weights
 
 LENGTHS = [7, 1, 40, 23, 2]
 
@@ -25,9 +25,10 @@ def surroundings():
         yield
 
 
-@pytest.mark.parametrize("hidden, heads", encoders.SIZES)
+@pytest.mark.parametrize("turn", range(5))
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
-def test_architecture(model_type, hidden, heads):
+def test_architecture(model_type, turn):
+    hidden, heads = encoders.drawn_size()
     model = encoders.model(model_type, hidden, heads, attn_implementation="eager")
     encoder, result = check(model, encoders.batch(LENGTHS))
     assert encoder.architecture == model_type and encoder.hidden_size == hidden and encoder.precision == "fp32"
@@ -43,25 +44,52 @@ def test_default_attention_and_no_mask(model_type):
     check(model, {"input_ids": torch.randint(2, encoders.VOCABULARY, (3, 12))})
 
 
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_a_long_batch_is_computed_in_pieces(model_type, monkeypatch):
+    """Between which Python answers signals; the bits are the same."""
+    model, draw = encoders.model(model_type), random.Random(int(torch.randint(2**31, ())))
+    lengths = [draw.choice([1, 2, 9, 40]) for _ in range(draw.randint(2, 30))]
+    inputs = encoders.batch(lengths)
+    encoder = encoder_of(model)
+    most, calls = draw.randint(1, 100), []
+    original = on_cpu.operator
+
+    def counted(words, input_ids, cu_seqlens, *rest):
+        calls.append((len(input_ids), len(cu_seqlens) - 1))
+        return original(words, input_ids, cu_seqlens, *rest)
+
+    forms = [{}, {"padded_length": max(lengths)}, {"modes": ("mean", "max")}, {"modes": ("cls",), "normalize": True}]
+    wholes = [run(encoder, inputs, **form) for form in forms]
+    for name, value in (("operator", counted), ("PIECE", 1), ("LEAST_TOKENS", most)):
+        monkeypatch.setattr(on_cpu, name, value)
+    for form, whole in zip(forms, wholes, strict=True):
+        found = run(encoder, inputs, **form)
+        what = (lengths, most, form)
+        # The definition's products are PyTorch's, whose bits depend on the number of rows.
+        assert torch.equal(found, whole) if native.cpu_loaded() else torch.allclose(found, whole, atol=1e-5), what
+    assert sum(tokens for tokens, _ in calls) == len(forms) * sum(lengths)
+    assert all(tokens <= most or sequences == 1 for tokens, sequences in calls), (lengths, most, calls)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
 def test_half(model_type, dtype):
     model = encoders.model(model_type, 64, 2).to(dtype)
     encoder, _ = check(model, encoders.batch(LENGTHS))
-    assert encoder.precision == ("bf16" if dtype == torch.bfloat16 and module.has_bf16() else "fp32")
+    assert encoder.precision == ("bf16" if dtype == torch.bfloat16 and products.has_bf16() else "fp32")
     assert encoder.dtype == dtype
 
 
 def test_bf16_products_of_a_float32_model():
     model, inputs = encoders.model("bert", 64, 2), encoders.batch(LENGTHS)
     encoder, used = encoder_of(model, "bf16"), inputs["attention_mask"].bool()
-    assert encoder.precision == ("bf16" if module.has_bf16() else "fp32")
+    assert encoder.precision == ("bf16" if products.has_bf16() else "fp32")
     exact = encoders.exact(model, inputs)
     half = copy.deepcopy(model).bfloat16()(**inputs).last_hidden_state[used]
     result = run(encoder, inputs)
     assert result.dtype == torch.float32
     assert_accurate(result, half, exact)
-    if module.has_bf16():
+    if products.has_bf16():
         assert error(result, exact) > 4 * error(model(**inputs).last_hidden_state[used], exact)
         assert encoder_of(model) is not encoder and encoder_of(model, "bf16") is encoder
         before = native.cpu_isa()
@@ -76,6 +104,9 @@ def test_bf16_products_of_a_float32_model():
 
 def test_bf16_products_need_pairs_of_columns():
     model = encoders.model("bert", intermediate_size=75).bfloat16()
+    encoder, _ = check(model, encoders.batch(LENGTHS))
+    assert encoder.precision == "fp32"
+    model = encoders.model("electra", embedding_size=2 * int(torch.randint(1, 20, ())) + 1).bfloat16()
     encoder, _ = check(model, encoders.batch(LENGTHS))
     assert encoder.precision == "fp32"
 
@@ -119,7 +150,9 @@ def test_mpnet_bias_beyond_its_last_bucket(buckets):
     options = dict(max_position_embeddings=302, relative_attention_num_buckets=buckets)
     model = encoders.model("mpnet", 32, 4, **options)
     check(model, encoders.batch([200, 95, 130]))
-    table = weights.pack(examine.examine(model), torch.float32)[reference.Embedding._fields.index("attention_bias")]
+    table = weights.pack(examine.examine(model), torch.float32).tensors[
+        reference.Embedding._fields.index("attention_bias")
+    ]
     assert table.shape == (4, 599)
     expected = model.encoder.compute_position_bias(torch.empty(1, 300, 1))[0]
     distance = torch.arange(300) - torch.arange(300).unsqueeze(1)

@@ -24,7 +24,7 @@ import sentfast.functional as F
 from sentfast import reference, registry
 from sentfast.ops.encoder import encoder
 
-CPU = [backend for backend in BACKENDS if backend.device == "cpu" and not backend.interpreted]
+CPU = [backend for backend in BACKENDS if backend.device == "cpu" and not backend.slow]
 COMPILED = [backend for backend in CPU if backend.name == "cpu"]
 every_compiled = pytest.mark.parametrize("backend", COMPILED, ids=str)
 every_panels = pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_equals_matryoshka_loss(backend: Backend, similarity: str) -> None:
     theirs = stock.MatryoshkaLoss(inner.model, inner, LENGTHS, WEIGHTS)
     agree(
         backend,
-        columns_of(3, 5 if backend.interpreted else 21, 24, device=backend.device),
+        columns_of(3, 5 if backend.slow else 21, 24, device=backend.device),
         lambda c: F.contrastive_loss(c[0], torch.cat(c[1:]), similarity=similarity, dims=LENGTHS, dim_weights=WEIGHTS),
         lambda c: theirs(features(c), torch.empty(0)),
         similarity,
@@ -52,9 +52,9 @@ def test_equals_matryoshka_loss(backend: Backend, similarity: str) -> None:
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_equals_one_call_for_each(backend: Backend, name: str) -> None:
     options = {key: value for key, value in CONTRASTIVE[name].items() if key not in ("dims", "reduction")}
-    sizes = (4, 6, 2, 9) if backend.interpreted else (23, 40, 1, 31)
+    sizes = (4, 6, 2, 9) if backend.slow else (23, 40, 1, 31)
     tensors, options = contrastive_call(options, sizes, torch.float64, backend.device)
-    dims, dim_weights = (3, 9, 6) if backend.interpreted else (31, 7, 8, 20), (0.5, 1.0, 2.0, -0.25)
+    dims, dim_weights = (3, 9, 6) if backend.slow else (31, 7, 8, 20), (0.5, 1.0, 2.0, -0.25)
     options.update(dims=dims, dim_weights=dim_weights[: len(dims)])
     scale = torch.tensor(options.pop("scale", 3.0), dtype=torch.float64, device=backend.device)
     wide = [x.requires_grad_() for x in (*tensors, scale)]
@@ -130,7 +130,7 @@ def test_the_workspace_does_not_matter(backend: Backend) -> None:
         F.contrastive_loss(*tensors, dims=dims, workspace=139)
 
 
-@pytest.mark.skipif(not native.cpu_loaded() or BACKENDS[0].interpreted, reason="about the compiled CPU kernels")
+@pytest.mark.skipif(not native.cpu_loaded() or BACKENDS[0].slow, reason="about the compiled CPU kernels")
 def test_the_matrices_are_never_held() -> None:
     """10,000 x 10,000 scores are 400 MB for each prefix; the peak may grow by the workspace and some embeddings."""
     queries, documents = columns_of(2, 10_000, 16)

@@ -38,6 +38,31 @@ def smallest_norm(call: Call) -> float:
     return min(x.double().norm(dim=-1).min().item() for x in call.tensors)
 
 
+def check_values(case: Case, backend: Backend, call: Call) -> None:
+    with backend.forced(case.operators[0]):
+        result = case.run(call)
+    with registry.use_backend("reference"):
+        eager, exact = case.run(call), case.run(call.to(torch.float64))
+    assert result.dtype == eager.dtype
+    assert_accurate(result, eager, exact, size=case.size(call), what=f"{case.name} {call.label}")
+
+
+def check_gradients(case: Case, backend: Backend, call: Call) -> None:
+    with registry.use_backend("reference"):
+        out = case.run(call)
+        grad = torch.randn_like(out)
+        eager = gradients(case, call, grad)
+        exact = gradients(case, call.to(torch.float64), grad)
+    with backend.forced(*case.operators):
+        result = gradients(case, call, grad)
+    for got, plain, true, x in zip(result, eager, exact, call.tensors, strict=True):
+        assert got.dtype == x.dtype
+        assert got.shape == x.shape
+        # A gradient along the result cancels in the normalisation, so it is judged by what it was made of.
+        size = grad.abs().max().item() / min(1.0, smallest_norm(call)) if grad.numel() else 0.0
+        assert_accurate(got, plain, true, size=size, what=f"{case.name} {call.label}")
+
+
 def skip_unsupported(backend: Backend, dtype: torch.dtype) -> None:
     if not backend.supports(dtype):
         pytest.skip(f"{backend} cannot compute {dtype}")
@@ -50,13 +75,8 @@ def test_values(case: Case, backend: Backend, dtype: torch.dtype) -> None:
     skip_unsupported(backend, dtype)
     if case in VALUES and dtype not in HALF_DTYPES:
         pytest.skip("half precision alone")
-    for call in case.calls(dtype, backend.device, backend.interpreted):
-        with backend.forced(case.operators[0]):
-            result = case.run(call)
-        with registry.use_backend("reference"):
-            eager, exact = case.run(call), case.run(call.to(torch.float64))
-        assert result.dtype == eager.dtype
-        assert_accurate(result, eager, exact, size=case.size(call), what=f"{case.name} {call.label}")
+    for call in case.calls(dtype, backend.device, backend.slow):
+        check_values(case, backend, call)
 
 
 @every_dtype
@@ -64,20 +84,8 @@ def test_values(case: Case, backend: Backend, dtype: torch.dtype) -> None:
 @every_case
 def test_gradients(case: Case, backend: Backend, dtype: torch.dtype) -> None:
     skip_unsupported(backend, dtype)
-    for call in case.calls(dtype, backend.device, backend.interpreted):
-        with registry.use_backend("reference"):
-            out = case.run(call)
-            grad = torch.randn_like(out)
-            eager = gradients(case, call, grad)
-            exact = gradients(case, call.to(torch.float64), grad)
-        with backend.forced(*case.operators):
-            result = gradients(case, call, grad)
-        for got, plain, true, x in zip(result, eager, exact, call.tensors, strict=True):
-            assert got.dtype == x.dtype
-            assert got.shape == x.shape
-            # A gradient along the result cancels in the normalisation, so it is judged by what it was made of.
-            size = grad.abs().max().item() / min(1.0, smallest_norm(call)) if grad.numel() else 0.0
-            assert_accurate(got, plain, true, size=size, what=f"{case.name} {call.label}")
+    for call in case.calls(dtype, backend.device, backend.slow):
+        check_gradients(case, backend, call)
 
 
 @every_case
@@ -138,7 +146,7 @@ def test_expanded_inputs(case: Case, backend: Backend) -> None:
 @every_backend
 @every_case
 def test_two_runs_are_bitwise_equal(case: Case, backend: Backend) -> None:
-    for call in list(case.calls(torch.float32, backend.device, backend.interpreted))[-3:]:
+    for call in list(case.calls(torch.float32, backend.device, backend.slow))[-3:]:
         grad = torch.randn_like(case.run(call))
         with backend.forced(*case.operators):
             first, second = (torch.cat([g.flatten() for g in gradients(case, call, grad)]) for _ in range(2))
@@ -228,9 +236,44 @@ def test_functional_transforms_are_refused(case: Case) -> None:
         torch.func.grad(lambda x: case.function(x, *call.tensors[1:], **call.options).sum())(call.tensors[0])
 
 
+def curvature(case: Case, call: Call, grad: Tensor, directions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of the inputs and of `grad` of (gradients of the inputs) * directions; and those gradients."""
+    call = leaves(call)
+    out = case.run(call)
+    grad = grad.to(out.dtype).requires_grad_()
+    grads = torch.autograd.grad(out, call.tensors, grad, create_graph=True)
+    product = sum((g * d.to(g.dtype)).sum() for g, d in zip(grads, directions, strict=True))
+    again = torch.autograd.grad(product, (*call.tensors, grad), allow_unused=True, materialize_grads=True)
+    return *again, *(g.detach() for g in grads)
+
+
+@every_backend
 @every_case
-def test_double_backward_is_refused(case: Case) -> None:
-    call = leaves(list(case.calls(torch.float32, "cpu", True))[-1])
-    grads = torch.autograd.grad(case.run(call).sum(), call.tensors, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|does not have a grad_fn"):
-        torch.autograd.grad(grads[0].sum(), call.tensors)
+def test_gradients_of_gradients(case: Case, backend: Backend) -> None:
+    """And of the gradients that are made differentiable: the same as without."""
+    curved = False
+    for call in case.calls(torch.float32, backend.device, True):
+        with registry.use_backend("reference"):
+            grad = torch.randn_like(case.run(call))
+            if not torch.isfinite(case.run(call)).all():
+                continue
+            directions = tuple(torch.randn_like(x) for x in call.tensors)
+            eager = curvature(case, call, grad, directions)
+            exact = curvature(case, call.to(torch.float64), grad, directions)
+        with registry.use_backend(backend.name):
+            result = curvature(case, call, grad, directions)
+        curved |= any(bool(x.any()) for x in result[: len(call.tensors) + 1])
+        for got, plain, true in zip(result, eager, exact, strict=True):
+            size = max(x.abs().max().item() if x.numel() else 0.0 for x in exact)
+            assert_accurate(got, plain, true, size=size, what=f"{case.name} {call.label}")
+    assert curved
+
+
+@every_case
+def test_reference_gradient_of_gradients_is_the_derivative(case: Case) -> None:
+    for call in case.calls(torch.float64, "cpu", True):
+        with registry.use_backend("reference"):
+            call = leaves(call)
+            if torch.isfinite(case.run(call)).all():
+                function = lambda *tensors, c=call: case.function(*tensors, **c.options)  # noqa: E731
+                torch.autograd.gradgradcheck(function, call.tensors, fast_mode=True)

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sentfast import functional, native
+from sentfast import functional, install, native
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+NUMBER = install.sources(ROOT / "csrc")
 FITTING = {
+    "sources": NUMBER,
     "torch": torch.__version__,
     "torch_target": [2, 10],
     "python": platform.python_version(),
@@ -27,18 +29,16 @@ FITTING = {
     "cuda": False,
 }
 
-# Prints what happened as one line of JSON: results against the definition, warnings, files touched, the doctor.
+REMEDY = "python -m pip install --force-reinstall --no-deps "
+
+# Prints what happened as one line of JSON: results against the definition, files touched, the doctor.
 USE_EVERYTHING = """
-import json, logging, sys
-touched, records = set(), []
+import json, sys
+touched = set()
 def watch(event, args):
     if event in ("import", "open") and any("sentfast/_C." in str(a) for a in args):
-        touched.add(event)
+        touched.add(event)  # "open" is to read it, "import" to let the linker open it
 sys.addaudithook(watch)
-class Keep(logging.Handler):
-    def emit(self, record):
-        records.append((record.levelname, record.getMessage()))
-logging.getLogger("sentfast").addHandler(Keep())
 import sentfast
 assert "torch" not in sys.modules
 import sentfast.functional as F
@@ -82,7 +82,6 @@ print(json.dumps({
     "equal": {name: torch.equal(*pair) for name, pair in pairs.items()},
     "ran": sorted({backend for _, backend in sentfast.report().calls}),
     "enabled": sentfast.is_enabled(),
-    "warnings": [text for level, text in records if level == "WARNING"],
     "touched": sorted(touched),
     "files": [sentfast.__file__, sentfast.kernels.__file__],
     "doctor": sentfast.doctor().to_dict() if "doctor" in sys.argv else None,
@@ -107,10 +106,16 @@ def run(code: str, cwd: Path, *arguments: str, site: Path | None = None, **varia
     return done.returncode, done.stdout, done.stderr
 
 
+def warnings_of(err: str) -> list[str]:
+    """What a plain script shows of our warnings."""
+    return [line.partition("SentfastWarning: ")[2] for line in err.splitlines() if "SentfastWarning: " in line]
+
+
 def use_everything(site: Path, *arguments: str, **variables: str) -> dict:
     code, out, err = run(USE_EVERYTHING, site, *arguments, site=site, **variables)
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
+    found["warnings"] = warnings_of(err)
     assert all(Path(file).is_relative_to(site) for file in found["files"]), found["files"]
     assert set(found["equal"]) == set(functional.__all__)
     assert all(found["equal"].values()), found["equal"]
@@ -140,10 +145,10 @@ def pure_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def plant(site: Path, info: dict) -> None:
-    """A library that cannot be loaded, and the note about it."""
-    (site / "sentfast" / f"_C{SUFFIX}").write_bytes(b"not a library")
-    (site / "sentfast" / "_build.json").write_text(json.dumps(info))
+def plant(site: Path, info: dict | str, number: str = NUMBER) -> None:
+    """A library that cannot be loaded, with the number of its sources, and the note about it."""
+    (site / "sentfast" / f"_C{SUFFIX}").write_text(f"not a library; {install.mark(number)}")
+    (site / "sentfast" / "_build.json").write_text(info if isinstance(info, str) else json.dumps(info))
 
 
 @pytest.fixture
@@ -161,10 +166,36 @@ def test_pure_install(pure_install: Path) -> None:
     assert (pure_install / "sentfast" / "py.typed").exists()
     assert not list(pure_install.rglob("*.so")) and not list(pure_install.rglob("_build.json"))
     found = use_everything(pure_install, "doctor")
-    assert found["warnings"] == []
+    (warning,) = found["warnings"]
+    assert "everything runs at stock speed" in warning and REMEDY in warning, warning
     diagnosis = found["doctor"]
     assert diagnosis["healthy"], diagnosis["broken"]
-    assert any("without compiled libraries" in line and native.MEND in line for line in diagnosis["missing"])
+    said = diagnosis["missing"] if torch.cuda.is_available() else diagnosis["stock"]
+    assert any("without compiled libraries" in line and REMEDY in line for line in said), diagnosis
+    assert diagnosis["exit_code"] == (0 if torch.cuda.is_available() else 3)
+
+
+def test_a_clone_that_hides_the_installed_package_is_noticed(planted: Path, tmp_path: Path) -> None:
+    """A script started in the root of the sources imports those, which have no kernels."""
+    plant(planted, FITTING)
+    root = tmp_path / "clone"
+    (root / "csrc").mkdir(parents=True)
+    shutil.copytree(planted / "sentfast", root / "sentfast", ignore=shutil.ignore_patterns("*.so", "_build.json"))
+    shutil.copy(ROOT / "setup.py", root)
+    code, out, err = run("import sentfast.functional; print(sentfast.doctor())", root, site=planted)
+    assert code == 0, err
+    (warning,) = warnings_of(err)
+    for text in (warning, out):
+        assert f"another folder than {root}, whose sources shadow the installed package in {planted}/sentfast" in text
+    assert out.startswith("healthy, but at stock speed") or torch.cuda.is_available()
+
+
+def test_a_compile_that_failed_is_remembered(planted: Path) -> None:
+    plant(planted, {"failed": "compiling failed: x.cpp:1: error: nothing"})
+    found = use_everything(planted, "doctor")
+    (warning,) = found["warnings"]
+    assert "x.cpp:1: error: nothing" in warning and REMEDY in warning, warning
+    assert found["doctor"]["healthy"] and found["touched"] == []
 
 
 @pytest.mark.parametrize(
@@ -179,8 +210,86 @@ def test_library_that_does_not_fit_is_not_opened(planted: Path, change: dict, na
     plant(planted, {**FITTING, **change})
     found = use_everything(planted)
     (warning,) = found["warnings"]
-    assert all(text in warning for text in (*named, native.MEND)), warning
+    assert all(text in warning for text in (*named, REMEDY)), warning
     assert "did not load" not in warning and found["touched"] == []
+
+
+def other(number: str) -> str:
+    """A number of sources that differs in one place, drawn."""
+    place = int(torch.randint(len(number), ()))
+    return number[:place] + "g" + number[place + 1 :]
+
+
+def test_library_that_another_note_is_about_is_not_opened(planted: Path) -> None:
+    """The files of two installations mixed: what the library takes and gives may be another."""
+    plant(planted, FITTING, number=other(NUMBER))
+    found = use_everything(planted, "doctor")
+    (warning,) = found["warnings"]
+    assert f"_C{SUFFIX} is not the one that _build.json is about" in warning and REMEDY in warning, warning
+    assert "import" not in found["touched"]
+    assert found["doctor"]["exit_code"] == 4 and any(REMEDY in line for line in found["doctor"]["broken"])
+
+
+def test_a_library_is_known_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "clone", lambda: None)
+    library = tmp_path / "library"
+    assert native.why_stale(FITTING, library) == f"{library} is not there"
+    around = [bytes(torch.randint(256, (int(torch.randint(9999, ())),)).tolist()) for _ in range(2)]
+    library.write_bytes(install.mark(NUMBER).encode().join(around))
+    assert native.why_stale(FITTING, library) == ""
+    without = {name: value for name, value in FITTING.items() if name != "sources"}
+    assert "is not the one" in native.why_stale(without, library)
+    for content in (b"", around[0], install.mark(other(NUMBER)).encode().join(around)):
+        library.write_bytes(content)
+        assert "is not the one that _build.json is about" in native.why_stale(FITTING, library)
+
+
+def test_a_damaged_note_costs_one_message(planted: Path) -> None:
+    """Each of its fields missing or of another kind, too; an older build's, without a number, is whole."""
+    fields = [name for name in FITTING if name != "sources"]
+    texts = ["{", "[]", "null", "7", '{"failed": 7}', *(json.dumps({**FITTING, name: None}) for name in fields)]
+    texts += [json.dumps({**FITTING, "torch_target": wrong}) for wrong in ([], [2], ["2", "10"], [2, 10, 0])]
+    for text in texts:
+        plant(planted, text)
+        note = install.note(planted / "sentfast")
+        assert set(note) == {"damaged"} and "cannot be read" in native.why_unfit(note), text
+    plant(planted, texts[int(torch.randint(len(texts), ()))])
+    found = use_everything(planted)
+    (warning,) = found["warnings"]
+    assert "_build.json, cannot be read: " in warning and REMEDY in warning, warning
+    assert found["touched"] == []
+    plant(planted, FITTING)
+    assert install.note(planted / "sentfast") == FITTING
+
+
+def test_a_library_from_another_state_of_a_clone_is_not_opened(planted: Path) -> None:
+    """After `git pull` without a new build."""
+    csrc = planted / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copy(ROOT / "setup.py", planted)
+    plant(planted, FITTING)
+    (csrc / "notes.txt").write_text("is not compiled")
+    assert install.sources(csrc) == NUMBER
+    compiled = sorted(path for path in csrc.rglob("*") if path.is_file() and path.suffix != ".txt")
+    path = compiled[int(torch.randint(len(compiled), ()))]
+    before = path.read_bytes()
+    changes = [
+        lambda: path.write_bytes(before + b"\n"),
+        lambda: path.rename(path.with_name(f"x{path.name}")),
+        lambda: path.with_name(f"x{path.name}").unlink(),
+    ]
+    for change in changes:
+        change()
+        assert install.sources(csrc) != NUMBER, path
+    found = use_everything(planted)
+    (warning,) = found["warnings"]
+    assert f"compiled from another state of the sources than {csrc} has now" in warning, (path, warning)
+    assert f"-e {planted}" in warning and found["touched"] == []
+
+
+def test_the_library_in_use_has_the_number_of_these_sources() -> None:
+    if native.cpu_loaded():
+        assert native.build_info()["sources"] == NUMBER
 
 
 @pytest.mark.parametrize("disable", ["0", "1"])
@@ -188,14 +297,15 @@ def test_library_that_does_not_load(planted: Path, disable: str) -> None:
     plant(planted, FITTING)
     found = use_everything(planted, SENTFAST_DISABLE=disable)
     (warning,) = found["warnings"]
-    assert "did not load" in warning and native.MEND in warning
+    assert "did not load" in warning and REMEDY in warning
     assert "import" in found["touched"]  # it was tried: the audit above sees a library that is opened
     assert found["enabled"] == (disable == "0")
 
 
 def unusable_isas() -> list[str]:
     """A name that does not exist, and the instruction sets that exist but not on this CPU."""
-    known = runpy.run_path(str(ROOT / "setup.py"), run_name="names")["TIERS"]
+    names = runpy.run_path(str(ROOT / "setup.py"), run_name="names")
+    known = names["TIERS"] | names["ARM_TIERS"]
     return ["bogus", *(name for name in known if name not in native.supported_cpu_isas())]
 
 

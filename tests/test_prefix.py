@@ -58,7 +58,7 @@ def taken(ours, texts, monkeypatch):
     """The tokens, and every text that the library was given."""
     given, whole = [], ours._encode_whole
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "_encode_whole", lambda texts: given.extend(texts) or whole(texts))
+        patch.setattr(ours, "_encode_whole", lambda to, texts: given.extend(texts) or whole(to, texts))
         return ours(texts), given
 
 

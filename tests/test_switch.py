@@ -6,19 +6,18 @@ import asyncio
 import functools
 import inspect
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer, __version__, losses, models, util
 from sentence_transformers.util import cos_sim
 
 import sentfast
 from sentfast import switch
-from sentfast.integrations import transformers
 
 pytestmark = pytest.mark.usefixtures("switched_on")
 FUNCTIONS = (
@@ -36,10 +35,12 @@ FUNCTIONS = (
     "mine_hard_negatives",
 )
 METHODS = ["Transformer.forward", "Pooling.forward", "Normalize.forward", "start_multi_process_pool"]
+METHODS += [SentenceTransformer.forward.__qualname__]  # of a base class from 5.4 on
 if tuple(map(int, __version__.split(".")[:2])) >= (6, 2):
-    METHODS += ["_multi_process_worker", "_inference", "encode", "encode_query", "encode_document"]
+    METHODS += ["_multi_process_worker", "SentenceTransformer._inference", "encode", "encode_query", "encode_document"]
+    METHODS += ["MultiVectorEncoder._inference"]
 else:
-    METHODS += ["_encode_multi_process_worker"]
+    METHODS += ["_encode_multi_process_worker", "SentenceTransformer.encode"]
 STEPS = {
     "MultipleNegativesRankingLoss": "compute_loss_from_embeddings",
     "CachedMultipleNegativesRankingLoss": "calculate_loss",
@@ -90,7 +91,8 @@ ORDERS = {
     "before": "import sentfast\n"
     "from sentence_transformers.util import cos_sim; from sentence_transformers import models",
     "after, the model built": "from sentence_transformers.util import cos_sim\n"
-    "from sentence_transformers import models; m = models.Pooling(3); import sentfast",
+    # On a line of its own: Python 3.13 shows the line with sentence-transformers' own warnings.
+    "from sentence_transformers import models; m = models.Pooling(8)\nimport sentfast",
 }
 
 
@@ -100,8 +102,8 @@ def test_order_of_imports(order):
         ORDERS[order]
         + """
 import torch
-x = torch.ones(1, 2, 3)
-m = globals().get("m") or models.Pooling(3)
+x = torch.ones(1, 2, 8)
+m = globals().get("m") or models.Pooling(8)
 m({"token_embeddings": x, "attention_mask": torch.ones(1, 2, dtype=torch.long)})
 cos_sim(x[0], x[0])
 from sentfast import switch
@@ -122,21 +124,18 @@ print("silent", end="")
     assert "sentfast" not in result.stderr
 
 
-def test_import_is_fast_silent_and_without_torch(tmp_path):
+def test_import_is_silent_and_loads_little():
     code = """
-import sys, time
-start = time.process_time()
+import sys
+before = set(sys.modules)
 import sentfast
-spent = time.process_time() - start
-assert not {"torch", "sentence_transformers", "transformers", "numpy"} & set(sys.modules)
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - {"sentfast"}
+assert loaded <= sys.stdlib_module_names, loaded
+assert not loaded & {"typing", "dataclasses", "inspect", "json"}, loaded  # the slow ones
 assert sentfast.is_enabled() and sentfast.__version__ == "0.1.0" and "functional" in dir(sentfast)
-print(spent)
 """
-    # As after an installation: byte code is there.
-    cache = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    results = [python(code, **cache) for _ in range(7)]
-    assert all(result.returncode == 0 and result.stderr == "" for result in results), results[0].stderr
-    assert statistics.median(float(result.stdout) for result in results[1:]) < 0.030
+    result = python(code)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
 
 
 def test_environment_disables():
@@ -155,17 +154,25 @@ assert sys.meta_path == before and not sentfast.is_enabled()
 
 
 def test_unknown_environment_variable_is_named():
-    code = "import logging; logging.basicConfig(); import sentfast"
-    result = python(code, SENTFAST_DISABEL="1", SENTFAST_STRICT="0")
-    assert "unknown environment variable SENTFAST_DISABEL; nearest: SENTFAST_DISABLE" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert python(code, SENTFAST_STRICT="0").stderr == ""
+    """A letter of a known name left out, written twice or changed."""
+    known = sorted(switch.ENVIRONMENT)
+    name = known[int(torch.randint(len(known), ()))]
+    place, edit = int(torch.randint(len("SENTFAST_") + 1, len(name) - 1, ())), int(torch.randint(3, ()))
+    wrong = name[:place] + ("", 2 * name[place], "Q")[edit] + name[place + 1 :]
+    result = python("import sentfast", **{wrong: "1"}, SENTFAST_STRICT="0")
+    lines = [line for line in result.stderr.splitlines() if "SentfastWarning: " in line]
+    assert len(lines) == 1 and f"unknown environment variable {wrong}; nearest: {name};" in lines[0], result.stderr
+    assert python("import sentfast", SENTFAST_STRICT="0").stderr == ""
+
+
+def test_a_value_without_a_meaning_is_named():
+    result = python("import sentfast", SENTFAST_STRICT="yes")
+    assert "SentfastWarning: sentfast: SENTFAST_STRICT: expected one of ('0', '1'), got 'yes'" in result.stderr
 
 
 def test_broken_configuration_does_not_break_the_import(tmp_path):
     (tmp_path / "sentence_transformers.py").write_text("__version__ = '6.2.0'")
     code = """
-import logging; logging.basicConfig()
 import sentfast, sentence_transformers
 from sentfast import switch
 assert "SENTFAST_BACKEND: expected one of" in switch.problem()
@@ -178,9 +185,8 @@ assert type(sentence_transformers.__spec__.loader).__name__ == "SourceFileLoader
 
 def test_hundred_cycles_leave_nothing_behind():
     patched = switch.patched()
-    # Classes of transformers are patched as well while a model of theirs lives, of an earlier test for instance.
-    encoders = [site.name for site in transformers._sites.values()]
-    ours = [name for name in patched if name not in encoders]
+    # Others are added by their first use, such as a class of transformers whose model an earlier test has left alive.
+    ours = [patch.name for patch in switch._ledger if not any(switch._same(patch, site) for site in switch._added)]
     assert len(ours) == COUNT and all(any(name.endswith(end) for name in ours) for end in METHODS)
     sentfast.disable()
     before = snapshot()
@@ -255,7 +261,7 @@ def test_disabled_ends_with_an_exception():
     assert sentfast.is_enabled()
 
 
-def test_a_patch_on_top_of_ours_is_left(caplog):
+def test_a_patch_on_top_of_ours_is_left():
     ours = vars(models.Normalize)["forward"]
 
     @functools.wraps(ours)
@@ -267,9 +273,9 @@ def test_a_patch_on_top_of_ours_is_left(caplog):
     features = {"sentence_embedding": torch.ones(2, 4)}
     models.Normalize.forward = theirs
     try:
-        with caplog.at_level("WARNING", "sentfast"):
+        sentfast.report(reset=True)
+        with pytest.warns(sentfast.SentfastWarning, match=r"Normalize\.forward was patched by other code"):
             sentfast.disable()
-        assert "Normalize.forward was patched by other code" in caplog.text
         assert vars(models.Normalize)["forward"] is theirs
         sentfast.report(reset=True)
         models.Normalize()(dict(features))
@@ -284,14 +290,14 @@ def test_a_patch_on_top_of_ours_is_left(caplog):
     assert switch.patched() == []
 
 
-def test_a_patch_before_ours_is_left(caplog):
+def test_a_patch_before_ours_is_left():
     sentfast.disable()
     original = vars(models.Normalize)["forward"]
     models.Normalize.forward = lambda self, features: {"theirs": True}
     try:
-        with caplog.at_level("WARNING", "sentfast"):
+        sentfast.report(reset=True)
+        with pytest.warns(sentfast.SentfastWarning, match=r"Normalize\.forward is not the one of sentence-transfor"):
             sentfast.enable()
-        assert "Normalize.forward is not the one of sentence-transformers" in caplog.text
         assert models.Normalize()({}) == {"theirs": True}
         assert "Normalize.forward" not in switch.patched()
     finally:

@@ -82,7 +82,7 @@ def assert_gradients(result: Gradients, eager: Gradients, exact: Gradients) -> N
 
 @pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
 def test_gradients(model_type: str) -> None:
-    size = encoders.SIZES[int(torch.randint(len(encoders.SIZES), ()))]
+    size = encoders.drawn_size()
     model, inputs = trained(model_type, *size), encoders.batch(LENGTHS)
     if model_type in encoders.WITH_TOKEN_TYPES:
         inputs["token_type_ids"] = torch.randint(0, 2, inputs["input_ids"].shape)
@@ -350,3 +350,20 @@ def test_the_hook_that_asks_for_gradients_of_the_embeddings_is_no_obstacle() -> 
     with packed():
         model(**inputs)[0].sum().backward()
     assert model.encoder.layer[1].output.dense.weight.grad is not None
+
+
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_gradients_lie_in_memory_of_their_own(model_type):
+    """Else one gradient keeps, and is saved with, the memory of others, also of frozen parameters."""
+    model = trained(model_type)
+    for parameter in model.parameters():
+        parameter.requires_grad_(bool(torch.rand(()) < 0.8))
+    inputs = encoders.batch(LENGTHS)
+    hidden = model(**inputs).last_hidden_state
+    if not hidden.requires_grad:
+        return
+    hidden.square().sum().backward()
+    found = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    storages = [x.untyped_storage() for x in found.values()]
+    assert {name for name, x in found.items() if x.untyped_storage().nbytes() != x.nbytes} == set()
+    assert len({x.data_ptr() for x in storages}) == len(storages)

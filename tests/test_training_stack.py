@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import assert_accurate
 from gloo import run_in_two
 from sentence_transformers import InputExample, SentenceTransformer, losses
 from sentence_transformers.evaluation import (
@@ -277,14 +278,14 @@ def distributed(path: str, folder: Path) -> list[dict]:
 def test_two_processes(path, tmp_path):
     """Negatives gathered from both give the loss and the gradient of one process with the large batch."""
     first, second = distributed(path, tmp_path)
-    close = dict(rtol=1e-4, atol=2e-6)
     names = [name for name in first["ours"] if isinstance(name, str) and name != "trainer"]
     assert len(names) >= 3
     for name in names:
         assert any("contrastive" in op for op in first["ours"][name, "calls"]) and not first["eager"][name, "calls"]
-        for rank in (first, second):
-            torch.testing.assert_close(rank["ours"][name], first["eager"][name, "whole"], **close)
-            torch.testing.assert_close(rank["eager"][name], first["eager"][name, "whole"], **close)
+        whole, exact = first["eager"][name, "whole"], first["eager"][name, "exact"]
+        for found in (side[name] for rank in (first, second) for side in (rank["ours"], rank["eager"])):
+            for what, *values in zip(("loss", "gradient"), found, whole, exact, strict=True):
+                assert_accurate(*values, what=f"{name}, {what}")
     if "trainer" in first["ours"]:
         ours, eager = first["ours"]["trainer"], first["eager"]["trainer"]
         torch.testing.assert_close(ours, second["ours"]["trainer"], rtol=0, atol=0)

@@ -15,8 +15,6 @@ namespace {
 // Sums of the bias gradient, one per part, are added in order: they do not depend on the number of threads.
 constexpr int64_t kMostParts = 32;
 
-Tensor as(const Tensor& x, ScalarType dtype) { return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype); }
-
 // [T, heads, head_dim] as rows; copied only where a row is not in one piece, and into float32 where there is no kernel:
 // for float16, and for bfloat16 that does not come in pairs.
 struct HeadRows {
@@ -24,12 +22,13 @@ struct HeadRows {
   int64_t stride;
 
   explicit HeadRows(const Tensor& x) : tensor(x) {
+    check_size(x);
     const int64_t heads = x.size(1), head_dim = x.size(2);
     if (x.scalar_type() == ScalarType::Half || head_dim % 2 != 0) tensor = as(x, ScalarType::Float);
     const bool whole = (head_dim <= 1 || tensor.stride(2) == 1) && (heads <= 1 || tensor.stride(1) == head_dim);
     const bool pairs = tensor.scalar_type() != ScalarType::BFloat16 || tensor.stride(0) % 2 == 0;
     if (!whole || !pairs) tensor = torch::stable::contiguous(tensor);
-    stride = tensor.size(0) > 1 ? tensor.stride(0) : heads * head_dim;
+    stride = tensor.size(0) > 1 ? tensor.stride(0) : times(heads, head_dim);
   }
   Rows get() const { return {tensor.const_data_ptr(), stride}; }
 };
@@ -112,16 +111,17 @@ struct Operands {
 
 Tensor attend(Operands& o, ScalarType dtype, Tensor* lse) {
   Attention& p = o.p;
-  Tensor out = new_tensor({o.sequences.tokens, p.heads, p.head_dim}, o.q.tensor.scalar_type());
+  const Life life = lse == nullptr ? Life::Given : Life::Kept;
+  Tensor out = new_tensor({o.sequences.tokens, p.heads, p.head_dim}, o.q.tensor.scalar_type(), life);
   p.out = out.mutable_data_ptr();
   if (lse != nullptr) {
-    *lse = new_tensor({p.heads, o.sequences.tokens}, ScalarType::Float);
+    *lse = new_tensor({p.heads, o.sequences.tokens}, ScalarType::Float, life);
     p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
   const int64_t bytes = attention_scratch(o.sequences.longest, p.head_dim);
   const AttentionFn kernel = kernels().attention[o.compute()];
   torch::stable::parallel_for(0, o.sequences.count * p.heads, grain(o.work()), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(bytes)]);
+    const auto scratch = new_array<char>(bytes);
     kernel(p, begin, end, scratch.get());
   });
   return as(out, dtype);
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const T
   const int64_t tokens = o.sequences.tokens, heads = o.p.heads, head_dim = o.p.head_dim, hidden = heads * head_dim;
   const HeadRows gradient(checked(grad, q, "grad"));
   const ScalarType dtype = o.q.tensor.scalar_type();
-  Tensor grad_qkv = new_tensor({tokens, 3, heads, head_dim}, dtype);
+  Tensor grad_qkv = new_tensor({tokens, 3, heads, head_dim}, dtype, Life::Kept);
   auto* data = static_cast<char*>(grad_qkv.mutable_data_ptr());
   const int64_t bytes = hidden * static_cast<int64_t>(grad_qkv.element_size());
   const std::vector<int64_t> parts = o.sequences.parts();
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const T
   const int64_t scratch_bytes = attention_backward_scratch(o.sequences.longest, head_dim);
   const AttentionBackwardFn kernel = kernels().attention_backward[o.compute()];
   torch::stable::parallel_for(0, count * heads, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[static_cast<size_t>(scratch_bytes)]);
+    const auto scratch = new_array<char>(scratch_bytes);
     kernel(p, begin, end, scratch.get());
   });
   Tensor sum = new_tensor({columns > 0 ? heads : 0, columns}, ScalarType::Float);

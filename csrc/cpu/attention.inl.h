@@ -42,15 +42,12 @@ struct Head {
   }
 };
 
-// Columns of a panel that hold `count` keys, so that a tile of the next larger size finds all it reads.
-inline int64_t panel_width(int64_t count) { return count > kPanel / 2 ? kPanel : round_up(count); }
-
 // Rows become panels of 64 keys: word (step, key) goes to panels[key / 64][step][key % 64]; missing keys that a tile
 // reads are zero.
 inline void turn_keys(const Word* rows, int64_t stride, int64_t length, int64_t steps, Word* panels) {
   for (int64_t begin = 0; begin < length; begin += kPanel) {
     const int64_t count = length - begin < kPanel ? length - begin : kPanel;
-    gemm::turn(rows + begin * stride, stride, count, steps, panel_width(count), panels + begin * steps);
+    gemm::turn(rows + begin * stride, stride, count, steps, round_up(count), panels + begin * steps);
   }
 }
 

@@ -177,7 +177,7 @@ void block(const AttentionBackward& p, const Task& t, const Work& w, int64_t beg
   const int64_t last = attention::seen(f, begin + count - 1, t.length).end, keys = last - first;
   const float *q = w.q + begin * w.width, *grad = w.grad + begin * w.width;
   for (int64_t panel = first; panel < last; panel += kPanel) {
-    const int64_t width = attention::panel_width(t.length - panel < kPanel ? t.length - panel : kPanel);
+    const int64_t width = round_up(t.length - panel < kPanel ? t.length - panel : kPanel);
     const int64_t at = panel * f.head_dim;
     product<false>(count, f.head_dim, width, q, w.width, w.keys + at, kPanel, w.weights + panel, w.row_stride);
     product<false>(count, f.head_dim, width, grad, w.width, w.values + at, kPanel, w.scores + panel, w.row_stride);

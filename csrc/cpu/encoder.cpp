@@ -97,7 +97,7 @@ Tensor encoder(const Tensor& word_embeddings, const Tensor& input_ids, const Ten
   }
   std::vector<int64_t> sizes = {b.tokens, m.hidden};
   if (!modes.empty()) {
-    sizes = {b.sequences, static_cast<int64_t>(modes.size()) * m.hidden};
+    sizes = {b.sequences, times(static_cast<int64_t>(modes.size()), m.hidden)};
   } else if (padded_length > 0) {
     for (int64_t i = 0; i < b.sequences; ++i) {
       STD_TORCH_CHECK(b.cu_seqlens[i + 1] - b.cu_seqlens[i] <= padded_length,

@@ -15,7 +15,7 @@ namespace sentfast::cpu::packed {
 
 // Tokens of a group: enough to use a panel of weights often, few enough that their activations stay in cache.
 constexpr int64_t kGroupTokens = 192;
-// The same where a part of a weight is turned into a panel for every group: more rows pay for that.
+// The same where weights lie in rows: they are read once for every kInPlaceRows of them.
 constexpr int64_t kGroupTokensInRows = 384;
 // Multiply-adds of a layer below which threads cost more than they bring.
 constexpr int64_t kWorthSharing = int64_t{2} << 20;

@@ -23,7 +23,11 @@ class Memory {
       data_.reset();
       constexpr int64_t line = 64;
       size_ = (bytes + line - 1) / line * line;
+#if defined(_WIN32)
+      data_.reset(_aligned_malloc(static_cast<size_t>(size_), line));
+#else
       data_.reset(std::aligned_alloc(line, static_cast<size_t>(size_)));
+#endif
       if (data_ == nullptr) {
         size_ = 0;
         throw std::bad_alloc();
@@ -42,7 +46,11 @@ class Memory {
  private:
   static constexpr int64_t kLargePage = int64_t{2} << 20, kMostKept = int64_t{32} << 20;
   struct Free {
+#if defined(_WIN32)
+    void operator()(void* p) const { _aligned_free(p); }
+#else
     void operator()(void* p) const { std::free(p); }
+#endif
   };
   std::unique_ptr<void, Free> data_;
   int64_t size_ = 0;
@@ -137,7 +145,7 @@ class Forward {
     const Linear p = {w.columns, w.depth, x, stride_x, w.data, w.stride, bias, activation, y, stride_y};
     const int64_t count = (w.columns + kPanel - 1) / kPanel;
     team_.run(count, 1, [&](int64_t begin, int64_t end) {
-      kernel(p, {0, rows_, begin, end, static_cast<float*>(scratch_memory.get(linear_scratch(rows_) * 4))});
+      kernel(p, {0, rows_, begin, end, static_cast<float*>(scratch_memory.get(linear_scratch(rows_, w.depth) * 4))});
     });
   }
 

@@ -65,38 +65,25 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls f(Count<n>{}) with n = rows, at most Vec::tile_rows.
-template <class F>
-SENTFAST_INLINE inline void with_rows(int64_t rows, F f) {
-  constexpr int most = Vec::tile_rows;
-  switch (rows) {
-    case 1:
-      return f(Count<1>{});
-    case 2:
-      return f(Count<2>{});
-    case 3:
-      return f(Count<(most >= 3 ? 3 : most)>{});
-    case 4:
-      return f(Count<(most >= 4 ? 4 : most)>{});
-    case 5:
-      return f(Count<(most >= 5 ? 5 : most)>{});
-    default:
-      return f(Count<most>{});
+// Calls f(Count<n>{}) with n = wanted, but at most N and never more than was asked for: what f touches is as wide.
+template <int N, class F>
+SENTFAST_INLINE inline void with_count(int64_t wanted, F f) {
+  if constexpr (N > 1) {
+    if (wanted < N) return with_count<N - 1>(wanted, f);
   }
+  f(Count<N>{});
 }
 
-// Calls f(Count<n>{}) with n = vectors or the next larger for which there is code, at most Vec::tile_vectors.
+// Of the rows that are left, as many as a tile has.
 template <class F>
-SENTFAST_INLINE inline void with_vectors(int64_t vectors, F f) {
-  constexpr int most = Vec::tile_vectors;
-  switch (vectors) {
-    case 1:
-      return f(Count<1>{});
-    case 2:
-      return f(Count<(most >= 2 ? 2 : most)>{});
-    default:
-      return f(Count<most>{});
-  }
+SENTFAST_INLINE inline void with_rows(int64_t left, F f) {
+  with_count<Vec::tile_rows>(left, f);
+}
+
+// Of the vectors of columns that are left, as many as a tile has.
+template <class F>
+SENTFAST_INLINE inline void with_vectors(int64_t left, F f) {
+  with_count<Vec::tile_vectors>(left, f);
 }
 
 }  // namespace gemm

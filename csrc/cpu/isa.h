@@ -5,8 +5,9 @@
 
 namespace sentfast::cpu {
 
-enum class Isa : int { Scalar = 0, Avx2 = 1, Avx512 = 2, Avx512Vnni = 3, Avx512Bf16 = 4 };
-constexpr int kIsas = 5;
+// Plainest first, of each architecture.
+enum class Isa : int { Scalar, Avx2, Avx512, Avx512Vnni, Avx512Bf16, Neon, NeonDot, NeonBf16 };
+constexpr int kIsas = 8;
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);

@@ -4,6 +4,8 @@
 // pointers. All sizes and strides are counted in elements; output rows are dense unless a stride is given.
 #pragma once
 
+#include <stddef.h>
+
 #include <cstdint>
 
 #include "search.h"
@@ -181,7 +183,16 @@ struct LinearBlock {
   float* scratch;  // linear_scratch(...) floats
 };
 
-static inline int64_t linear_scratch(int64_t rows) { return (kBlockSteps + (rows + 7) / 8 * 8) * kPanel; }
+// Rows of x and features of a weight in rows that are multiplied at a time (linear_in_place.inl.h): whole tiles.
+constexpr int64_t kInPlaceRows = 128, kInPlaceFeatures = 96;
+
+static inline int64_t linear_scratch(int64_t rows, int64_t depth) {
+  constexpr int64_t widest = 16;  // floats of a vector
+  const int64_t panels = (rows + 7) / 8 * 8 * kPanel;
+  const int64_t turned = (rows < kInPlaceRows ? (rows + widest - 1) / widest * widest : kInPlaceRows) * depth;
+  const int64_t in_place = kInPlaceFeatures * 3 * widest + turned;
+  return in_place > panels ? in_place : panels;
+}
 
 // Which elements dropout sets to zero, as a function of their place: see dropout.inl.h.
 struct Dropout {

@@ -34,7 +34,8 @@ float* floats(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 Tensor dropout(const Tensor& x, double p, int64_t seed, int64_t stream) {
   check_rows(x, "x");
   const RowView rows(x);
-  Tensor y = new_tensor(sizes_of(x), x.scalar_type());
+  Tensor y = new_tensor(sizes_of(x), x.scalar_type(), Life::Kept);
+  if (rows.dim == 0) return y;
   const DropoutRows arguments = {rows.dim, rows.get(), y.mutable_data_ptr(), dropout_of(p, seed, stream)};
   const DropoutFn kernel = kernels().dropout[dtype_index(x, "x")];
   torch::stable::parallel_for(0, rows.rows, grain(rows.dim),
@@ -56,8 +57,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_forward(
   const Floats scale(weight, rows.dim, "weight"), shift(bias, rows.dim, "bias");
   auto leading = sizes_of(x);
   leading.pop_back();
-  Tensor y = new_tensor(sizes_of(x), dtype), sum = new_tensor(sizes_of(x), dtype);
-  Tensor mean = new_tensor(leading, ScalarType::Float), rstd = new_tensor(leading, ScalarType::Float);
+  Tensor y = new_tensor(sizes_of(x), dtype, Life::Kept), sum = new_tensor(sizes_of(x), dtype, Life::Kept);
+  Tensor mean = new_tensor(leading, ScalarType::Float, Life::Kept);
+  Tensor rstd = new_tensor(leading, ScalarType::Float, Life::Kept);
   DropoutAddLayerNorm p = {};
   p.dim = rows.dim;
   p.x = rows.get();
@@ -93,10 +95,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward(const
   STD_TORCH_CHECK(wide || dtype == grad.scalar_type(), "grad: expected the dtype of x, or float32");
   const bool same = dropout_p == 0.0 && dtype == grad.scalar_type();
   const int64_t blocks = blocks_of(rows.rows);
-  Tensor grad_sum = new_tensor(sizes_of(grad), grad.scalar_type());
-  Tensor grad_x = same ? new_tensor({0}, dtype) : new_tensor(sizes_of(grad), dtype);
+  Tensor grad_sum = new_tensor(sizes_of(grad), grad.scalar_type(), Life::Kept);
+  Tensor grad_x = same ? new_tensor({0}, dtype) : new_tensor(sizes_of(grad), dtype, Life::Kept);
   Tensor grad_weight = new_tensor({rows.dim}, ScalarType::Float), grad_bias = new_tensor({rows.dim}, ScalarType::Float);
-  Tensor partial = new_tensor({blocks, 2, rows.dim}, ScalarType::Float);
+  Tensor partial = new_tensor({blocks, 2, rows.dim}, ScalarType::Float, Life::Kept);
   DropoutAddLayerNormBackward p = {};
   p.rows = rows.rows;
   p.dim = rows.dim;
@@ -128,7 +130,8 @@ Tensor bias_activation(const Tensor& x, const std::optional<Tensor>& bias, int64
   check_rows(x, "x");
   const RowView rows(x);
   const Floats shift(bias, rows.dim, "bias");
-  Tensor y = new_tensor(sizes_of(x), x.scalar_type());
+  Tensor y = new_tensor(sizes_of(x), x.scalar_type(), Life::Kept);
+  if (rows.dim == 0) return y;
   BiasActivation p = {};
   p.rows = rows.rows;
   p.dim = rows.dim;
@@ -150,8 +153,8 @@ std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& grad, const Te
   const RowView rows(x), gradients(grad);
   const Floats shift(bias, rows.dim, "bias");
   const int64_t blocks = blocks_of(rows.rows);
-  Tensor grad_x = new_tensor(sizes_of(x), x.scalar_type());
-  Tensor partial = new_tensor({bias.has_value() ? blocks : 0, rows.dim}, ScalarType::Float);
+  Tensor grad_x = new_tensor(sizes_of(x), x.scalar_type(), Life::Kept);
+  Tensor partial = new_tensor({bias.has_value() ? blocks : 0, rows.dim}, ScalarType::Float, Life::Kept);
   Tensor grad_bias = new_tensor({bias.has_value() ? rows.dim : 0}, ScalarType::Float);
   BiasActivation p = {};
   p.rows = rows.rows;

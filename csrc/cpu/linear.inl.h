@@ -1,7 +1,7 @@
 // y = activation(x w^T + bias) with weights in panels of 64 output features: a panel, or of a deep one a part that fits
-// the second cache, is multiplied with every row before the next is touched. A weight that is not in panels is turned
-// into one part of a panel at a time. Sums go through the first cache on their
-// way to y, so that bias and activation need not be unrolled into the tile.
+// the second cache, is multiplied with every row before the next is touched. Sums go through the first cache on their
+// way to y, so that bias and activation need not be unrolled into the tile. A weight that is not in panels is for
+// linear_in_place.inl.h.
 
 namespace linear {
 
@@ -58,16 +58,10 @@ inline void prefetch_share(const Word* next, int64_t words, int64_t share, int64
   }
 }
 
-// Asks for the part of a weight in rows that is turned next.
-inline void prefetch_rows(const float* next, int64_t stride, int64_t count, int64_t share, int64_t shares) {
-  for (int64_t row = kPanel * share / shares; row < kPanel * (share + 1) / shares; ++row) {
-    for (int64_t s = 0; s < count; s += 16) __builtin_prefetch(next + row * stride + s, 0, 2);
-  }
-}
-
 template <class Step, class Out>
 void linear(const Linear& p, const LinearBlock& b) {
   constexpr bool exact = Step::depth == 1;
+  if (Step::depth == 1 && p.stride_weight > 0) return in_place(p, b);
   const int64_t steps = (p.depth + Step::depth - 1) / Step::depth;
   const int64_t parts = (steps + kBlockSteps - 1) / kBlockSteps, size = (steps + parts - 1) / parts;
   const Word* weight = static_cast<const Word*>(p.weight);
@@ -76,24 +70,11 @@ void linear(const Linear& p, const LinearBlock& b) {
     for (int64_t begin = 0; begin < steps; begin += size) {
       const int64_t count = steps - begin < size ? steps - begin : size;
       const bool last = begin + count == steps, more = !last || panel + 1 < b.panel_end;
-      Part part = {weight + (panel * steps + begin) * kPanel, begin, count};
-      const float* rows = static_cast<const float*>(p.weight) + panel * kPanel * p.stride_weight + begin;
-      if (Step::depth == 1 && p.stride_weight > 0) {
-        const int64_t left = p.columns - panel * kPanel;
-        Word* panel_part = reinterpret_cast<Word*>(b.scratch);
-        gemm::turn(reinterpret_cast<const Word*>(rows), p.stride_weight, left < kPanel ? left : kPanel, count, kPanel,
-                   panel_part);
-        part.weight = panel_part;
-      }
+      const Part part = {weight + (panel * steps + begin) * kPanel, begin, count};
       for (int64_t strip = 0; strip < strips; ++strip) {
-        if (more && p.stride_weight > 0) {
-          const float* next = last ? rows - begin + kPanel * p.stride_weight : rows + count;
-          prefetch_rows(next, p.stride_weight, size, strip, strips);
-        } else if (more) {
-          prefetch_share(part.weight + count * kPanel, count * kPanel, strip, strips);
-        }
+        if (more) prefetch_share(part.weight + count * kPanel, count * kPanel, strip, strips);
         const int64_t row = b.row_begin + strip * Vec::tile_rows;
-        float* sums = b.scratch + (kBlockSteps + strip * Vec::tile_rows) * kPanel;
+        float* sums = b.scratch + strip * Vec::tile_rows * kPanel;
         gemm::with_rows(b.row_end - row, [&](auto r) SENTFAST_INLINE {
           for (int64_t inside = 0; inside < kPanel; inside += kTileColumns) {
             tile<Step, decltype(r)::value>(p, part, row, inside, sums);

@@ -2,6 +2,20 @@
 
 #define SENTFAST_INLINE __attribute__((always_inline))
 
+// The compiler must take a register's value for unknown here: nothing that depends on it can be worked out before. The
+// letter is the class of registers; clang puts the wide ones into `v` only.
+#if defined(SENTFAST_PLAIN)  // an array, which fits no register
+#define SENTFAST_UNKNOWN(x) asm volatile("" : "+m"(x))
+#elif defined(__aarch64__)
+#define SENTFAST_UNKNOWN(x) asm volatile("" : "+w"(x))
+#elif defined(SENTFAST_EMULATED)  // by tests/native/avx512, where no register is as wide
+#define SENTFAST_UNKNOWN(x) asm volatile("" : "+m"(x))
+#elif defined(__AVX512F__)
+#define SENTFAST_UNKNOWN(x) asm volatile("" : "+v"(x))
+#else
+#define SENTFAST_UNKNOWN(x) asm volatile("" : "+x"(x))
+#endif
+
 struct Full {
   static constexpr int count = Vec::lanes;
 };

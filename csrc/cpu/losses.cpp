@@ -78,8 +78,8 @@ class Loss {
     most = std::max<int64_t>(most, 1);
     const int64_t blocks = std::max<int64_t>((rows_ + most - 1) / most, 1);
     block_rows_ = (rows_ + blocks - 1) / blocks;
-    scores_ = new_tensor({buffers_, block_rows_ * columns_}, ScalarType::Float);
-    if (guided_) guides_ = new_tensor({block_rows_, columns_}, ScalarType::Float);
+    scores_ = new_tensor({buffers_, block_rows_ * columns_}, ScalarType::Float, Life::Kept);
+    if (guided_) guides_ = new_tensor({block_rows_, columns_}, ScalarType::Float, Life::Kept);
     for (std::vector<float>* each : {&part_losses_, &part_slopes_, &part_weights_}) {
       each->resize(static_cast<size_t>(block_rows_));
     }

@@ -144,13 +144,14 @@ void add_exponentials(const ContrastiveSegment& s, int64_t i, float shift, Sums&
   }
 }
 
-// Exponentials become derivatives by the plain products: `part` of each, and for the positive one less.
-inline void differentiate(const ContrastiveSegment& s, int64_t i, float part, float weight, bool with_positive) {
+// Exponentials become derivatives by the plain products: their part of the total, and for the positive one less. That
+// difference is taken before the division, so a row with no other candidate has a gradient of exactly zero.
+inline void differentiate(const ContrastiveSegment& s, int64_t i, double total, float weight, bool with_positive) {
   float* x = s.scores + i * s.columns;
   if (s.row_scale != nullptr) weight *= s.row_scale[i];
-  const Vec factor = Vec::fill(part * weight);
+  const Vec factor = Vec::fill(static_cast<float>(1.0 / total) * weight);
   const int64_t own = s.own + i;
-  float positive = with_positive ? (x[own] * part - 1.0f) * weight : 0.0f;
+  float positive = with_positive ? static_cast<float>((x[own] - total) / total) * weight : 0.0f;
   if (s.column_scale != nullptr) {
     each_vector(s.columns, [&](int64_t j, auto k) SENTFAST_INLINE {
       store(load(x + j, k) * factor * load(s.column_scale + j, k), x + j, k);
@@ -208,8 +209,7 @@ void row(const Contrastive& p, int64_t i) {
     const float weight = p.weights[i] * p.scale;
     for (int64_t n = 0; n < p.segment_count; ++n) {
       const ContrastiveSegment& s = p.segments[n];
-      const double part = 1.0 / (sums[s.group].exponentials * groups);
-      differentiate(s, i, static_cast<float>(part), weight, n == 0);
+      differentiate(s, i, sums[s.group].exponentials * groups, weight, n == 0);
     }
   }
 }

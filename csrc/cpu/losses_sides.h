@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -25,14 +26,15 @@ struct Embeddings {
   Embeddings(const Tensor& given, const std::vector<int64_t>& dims, bool cosine, const char* name)
       : x(given), dtype(dtype_index(given, name)) {
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, ": expected a CPU tensor of two dimensions");
+    check_size(x);
     rows = x.size(0);
     dim = x.size(1);
     if (dim > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
     stride = x.stride(0);
     if (!cosine) return;
     const int64_t count = static_cast<int64_t>(dims.size());
-    norms.reset(new float[count * rows]);
-    reciprocals.reset(new float[count * rows]);
+    norms = new_array<float>(times(count, rows));
+    reciprocals = new_array<float>(times(count, rows));
     const NormalizeFn kernel = kernels().normalize[dtype];
     for (int64_t k = 0; k < count; ++k) {
       float *norm = norms.get() + k * rows, *reciprocal = reciprocals.get() + k * rows;
@@ -42,6 +44,7 @@ struct Embeddings {
         for (int64_t i = begin; i < end; ++i) reciprocal[i] = 1.0f / (norm[i] < kEps ? kEps : norm[i]);
       });
     }
+    clear_beyond_range(dims);
   }
   const float* norm(int64_t prefix, int64_t row) const { return norms ? norms.get() + prefix * rows + row : nullptr; }
   const float* reciprocal(int64_t prefix, int64_t row) const {
@@ -53,6 +56,48 @@ struct Embeddings {
   }
   // The same seen as [dim, rows].
   Operand turned_from(int64_t row, int64_t column) const { return {from(row, column).data, 1, stride}; }
+
+ private:
+  bool finite(int64_t row, int64_t columns) const {
+    const uint32_t exponent = dtype == static_cast<int>(Dtype::Float32) ? 0x7f800000u : 0x7f80u;
+    for (int64_t d = 0; d < columns; ++d) {
+      uint32_t bits = 0;
+      std::memcpy(&bits, from(row, d).data, x.element_size());
+      if ((bits & exponent) == exponent) return false;
+    }
+    return true;
+  }
+  static bool square_beyond_range(float norm) { return norm * norm == HUGE_VALF; }
+  // A prefix of one column has a norm even where the square has left float32's range, and its x / |x| is its sign.
+  void take_sign(int64_t row) {
+    const_cast<float*>(norm(0, row))[0] = const_cast<float*>(reciprocal(0, row))[0] = 1.0f;
+    char* element = static_cast<char*>(const_cast<void*>(from(row, 0).data));
+    const float sign = (element[x.element_size() - 1] & 0x80) != 0 ? -1.0f : 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &sign, sizeof(bits));
+    bits >>= 8 * (sizeof(bits) - x.element_size());  // the upper half of it is its bfloat16
+    std::memcpy(element, &bits, x.element_size());
+  }
+  // x / |x| is zero where float32 cannot hold the norm of a finite x. Its products could not be held either, so from
+  // the first prefix of such a norm on a copy has zeros for them. A half has no such norms.
+  void clear_beyond_range(const std::vector<int64_t>& dims) {
+    const float* longest = norm(static_cast<int64_t>(dims.size()) - 1, 0);
+    bool copied = false;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (!square_beyond_range(longest[i]) || dtype == static_cast<int>(Dtype::Float16)) continue;
+      if (!finite(i, dims.back())) continue;
+      if (!copied) {
+        x = torch::stable::clone(x);
+        stride = x.stride(0);
+        copied = true;
+      }
+      if (dims[0] == 1 && square_beyond_range(norm(0, i)[0])) take_sign(i);
+      int64_t first = 0;
+      for (size_t k = 0; k < dims.size() && norm(static_cast<int64_t>(k), i)[0] < HUGE_VALF; ++k) first = dims[k];
+      std::memset(const_cast<void*>(from(i, first).data), 0,
+                  static_cast<size_t>(dims.back() - first) * x.element_size());
+    }
+  }
 };
 
 struct Side {
@@ -76,8 +121,8 @@ struct Side {
   }
 
   void start_gradient() {
-    gradient = new_tensor({x.rows, x.dim}, ScalarType::Float);
-    result = x.dtype == 0 ? gradient : new_tensor({x.rows, x.dim}, x.x.scalar_type());
+    gradient = new_tensor({x.rows, x.dim}, ScalarType::Float, Life::Kept);
+    result = x.dtype == 0 ? gradient : new_tensor({x.rows, x.dim}, x.x.scalar_type(), Life::Kept);
     float* data = gradient_from(0, 0);
     torch::stable::parallel_for(0, x.rows, grain(x.dim), [&](int64_t begin, int64_t end) {
       std::fill(data + begin * x.dim, data + end * x.dim, 0.0f);

@@ -50,7 +50,29 @@ bool plain(const Operand& m, int64_t depth) {
 
 constexpr int64_t kSquare = 16;
 
-// Copies kSquare lines of as many numbers, `stride` apart; with `turn` the lines become columns.
+// Copies at most kSquare lines of at most as many numbers, `stride` apart; with `turn` the lines become columns.
+template <class T>
+void copy_part(const T* from, int64_t stride, int64_t lines, int64_t numbers, Word* out, int64_t out_stride,
+               bool turn) {
+  each_vector(lines, [&](int64_t line, auto height) {
+    each_vector(numbers, [&](int64_t at, auto width) SENTFAST_INLINE {
+      Vec square[Vec::lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::lanes; ++i) {
+        square[i] = i < height.count ? load(from + (line + i) * stride + at, width) : Vec::zero();
+      }
+      if (turn) Vec::transpose(square);
+      auto* to = reinterpret_cast<AliasedFloat*>(turn ? out + at * out_stride + line : out + line * out_stride + at);
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::lanes; ++i) {
+        if (i >= (turn ? width.count : height.count)) break;
+        turn ? store(square[i], to + i * out_stride, height) : store(square[i], to + i * out_stride, width);
+      }
+    });
+  });
+}
+
+// The same of whole squares.
 template <class T>
 void copy_square(const T* from, int64_t stride, Word* out, int64_t out_stride, bool turn) {
   for (int64_t line = 0; line < kSquare; line += Vec::lanes) {
@@ -75,15 +97,20 @@ void pack(const Operand& m, int64_t row, int64_t count, int64_t padded, int64_t 
   const bool words = plain<Step, T>(m, depth), across = m.stride_row < m.stride_column;
   const bool lines = Step::depth == 1 && (m.stride_column == 1 || m.stride_row == 1) && (out_row == 1 || out_step == 1);
   const auto piece = [&](int64_t s, int64_t s_stop, int64_t i, int64_t i_stop) {
-    if (lines && s_stop - s == kSquare && i_stop - i == kSquare) {
+    if (lines) {
       const T* from = static_cast<const T*>(m.data) + (row + i) * m.stride_row + s * m.stride_column;
       const bool by_rows = m.stride_column == 1, to_rows = out_step == 1;
-      const int64_t stride = by_rows ? m.stride_row : m.stride_column;
+      const int64_t stride = by_rows ? m.stride_row : m.stride_column, out_stride = to_rows ? out_row : out_step;
+      Word* to = out + (s - step_begin) * out_step + i * out_row;
+      const int64_t rows = i_stop - i, steps = s_stop - s;
+      if (rows < kSquare || steps < kSquare) {
+        copy_part(from, stride, by_rows ? rows : steps, by_rows ? steps : rows, to, out_stride, by_rows != to_rows);
+        return;
+      }
       if (!by_rows) {
         for (int64_t t = kSquare; t < 2 * kSquare; ++t) prefetch(from + t * stride);
       }
-      copy_square(from, stride, out + (s - step_begin) * out_step + i * out_row, to_rows ? out_row : out_step,
-                  by_rows != to_rows);
+      copy_square(from, stride, to, out_stride, by_rows != to_rows);
     } else if (words) {
       for (int64_t r = i; r < i_stop; ++r) {
         const Word* from = reinterpret_cast<const Word*>(static_cast<const T*>(m.data) + (row + r) * m.stride_row);
@@ -142,14 +169,9 @@ inline void prefetch_rows(Lines next, int64_t begin, int64_t end) {
   }
 }
 
-template <class Step, int R>
-void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
-  Vec sum[R][kTileVectors];
-  for (int i = 0; i < R; ++i) {
-    for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Vec::zero();
-  }
-  gemm::accumulate<Step, R, kTileVectors>(sum, a.words, a.stride, panel, kTileColumns, steps);
-  const bool scaled = t.finish && t.m.norm_a != nullptr;
+// What is left of a tile's sums: added to c, scaled, or cut off at the last column.
+template <int R>
+void write_sums(const Tile& t, const Vec (&sum)[R][kTileVectors], bool scaled) {
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     float* c = t.m.c + (t.row + i) * t.m.stride_c + t.column;
@@ -165,6 +187,38 @@ void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
       if (scaled) value = value * Vec::load(t.scale_b + j * Vec::lanes) * scale;
       n < Vec::lanes ? value.store(to, n) : value.store(to);
     }
+  }
+}
+
+template <class Step, int R>
+void tile(const Tile& t, Lines a, const Word* panel, int64_t steps) {
+  Vec sum[R][kTileVectors];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Vec::zero();
+  }
+  gemm::accumulate<Step, R, kTileVectors>(sum, a.words, a.stride, panel, kTileColumns, steps);
+  const bool scaled = t.finish && t.m.norm_a != nullptr;
+  if (t.accumulate || t.columns < kTileColumns) return write_sums<R>(t, sum, scaled);
+  // Of narrow rows the writing takes longer than the sums, so whole tiles are written without a question in between.
+  const int64_t stride = t.m.stride_c;
+  float* c = t.m.c + t.row * stride + t.column;
+  if (!scaled) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i, c += stride) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileVectors; ++j) sum[i][j].store(c + j * Vec::lanes);
+    }
+    return;
+  }
+  const float *norm = t.m.norm_a + t.row, eps = t.m.eps;
+  Vec scale_b[kTileVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < kTileVectors; ++j) scale_b[j] = Vec::load(t.scale_b + j * Vec::lanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i, c += stride) {
+    const Vec scale = Vec::fill(1.0f / at_least(norm[i], eps));
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileVectors; ++j) (sum[i][j] * scale_b[j] * scale).store(c + j * Vec::lanes);
   }
 }
 
@@ -246,7 +300,7 @@ void by_rows(const Matrix& m, const Block& block) {
     for (int64_t j = block.column_begin; j < block.column_end; ++j) {
       const B* b = static_cast<const B*>(m.b.data) + j * m.b.stride_row;
       float value = rows::dot(a, b, m.depth);
-      if (m.norm_b != nullptr) value *= scale_a * (1.0f / at_least(m.norm_b[j], m.eps));
+      if (m.norm_b != nullptr) value = value * scale_a * (1.0f / at_least(m.norm_b[j], m.eps));
       float& c = m.c[i * m.stride_c + j];
       c = m.add ? c + value : value;
     }
@@ -271,13 +325,14 @@ double peak(int64_t rounds) {
   for (int i = 0; i < chains; ++i) sum[i] = Vec::fill(static_cast<float>(i));
   Vec a = Vec::fill(0.5f), b = Vec::fill(0.25f);
   for (int64_t r = 0; r < rounds; ++r) {
-    asm volatile("" : "+x"(a.v), "+x"(b.v));
+    SENTFAST_UNKNOWN(a.v);
+    SENTFAST_UNKNOWN(b.v);
 #pragma GCC unroll 16
     for (int i = 0; i < chains; ++i) sum[i] = Step::multiply_add(a, b, sum[i]);
   }
   for (int i = 1; i < chains; ++i) sum[0] = sum[0] + sum[i];
   float result = sum[0].sum();
-  asm volatile("" : "+x"(result));
+  SENTFAST_UNKNOWN(result);
   return 2.0 * Vec::lanes * Step::depth * chains * static_cast<double>(rounds);
 }
 

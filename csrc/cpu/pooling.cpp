@@ -72,6 +72,7 @@ Tensor pool_into(const Tensor& token_embeddings, const std::optional<Tensor>& at
   const int64_t token = packed ? 0 : 1;
   STD_TORCH_CHECK(token_embeddings.dim() == token + 2,
                   "token_embeddings: expected [B, L, D], or [T, D] with cu_seqlens");
+  check_size(token_embeddings);
   const bool dense_rows = token_embeddings.size(token + 1) <= 1 || token_embeddings.stride(token + 1) == 1;
   const Tensor x = dense_rows ? token_embeddings : torch::stable::contiguous(token_embeddings);
   const std::optional<Tensor> cu_seqlens = dense(lengths);
@@ -89,15 +90,16 @@ Tensor pool_into(const Tensor& token_embeddings, const std::optional<Tensor>& at
   p.x = x.const_data_ptr();
 
   const int64_t batch = p.layout.batch, dim = p.layout.dim;
-  Tensor out = new_tensor({batch, p.mode_count * dim}, x.scalar_type());
+  const Life life = norm == nullptr ? Life::Given : Life::Kept;
+  Tensor out = new_tensor({batch, times(p.mode_count, dim)}, x.scalar_type());
   p.out = out.mutable_data_ptr();
   if (norm != nullptr) {
-    *norm = new_tensor({normalize ? batch : 0}, ScalarType::Float);
+    *norm = new_tensor({normalize ? batch : 0}, ScalarType::Float, life);
     p.norm = static_cast<float*>(norm->mutable_data_ptr());
   }
   if (argmax != nullptr && has_max(modes)) {
     STD_TORCH_CHECK(p.layout.length <= INT32_MAX, "token_embeddings: expected at most 2^31 - 1 tokens with max");
-    *argmax = new_tensor({batch, dim}, ScalarType::Int);
+    *argmax = new_tensor({batch, dim}, ScalarType::Int, life);
     p.argmax = static_cast<int32_t*>(argmax->mutable_data_ptr());
   } else if (argmax != nullptr) {
     *argmax = new_tensor({0}, ScalarType::Int);
@@ -105,7 +107,7 @@ Tensor pool_into(const Tensor& token_embeddings, const std::optional<Tensor>& at
 
   const PoolFn kernel = kernels().pool[dtype];
   torch::stable::parallel_for(0, batch, grain(cost(p.layout, modes)), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[pool_scratch(dim)]);
+    const auto scratch = new_array<float>(pool_scratch(dim));
     kernel(p, begin, end, scratch.get());
   });
   return out;
@@ -158,12 +160,12 @@ Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, const 
     STD_TORCH_CHECK(norm.numel() == batch && norm.scalar_type() == ScalarType::Float, "norm: expected float32 [B]");
   }
   if (has_max(modes)) {
-    STD_TORCH_CHECK(argmax.numel() == batch * dim && argmax.scalar_type() == ScalarType::Int,
+    STD_TORCH_CHECK(argmax.numel() == times(batch, dim) && argmax.scalar_type() == ScalarType::Int,
                     "argmax: expected int32 [B, D]");
   }
 
-  Tensor grad_x =
-      packed ? new_tensor({length, dim}, grad.scalar_type()) : new_tensor({batch, length, dim}, grad.scalar_type());
+  Tensor grad_x = new_tensor(packed ? std::vector<int64_t>{length, dim} : std::vector<int64_t>{batch, length, dim},
+                             grad.scalar_type(), Life::Kept);
   p.grad = grad.const_data_ptr();
   p.out = out.const_data_ptr();
   p.norm = static_cast<const float*>(norm.const_data_ptr());
@@ -173,7 +175,7 @@ Tensor pool_backward(Tensor grad, Tensor out, Tensor norm, Tensor argmax, const 
   const PoolBackwardFn kernel = kernels().pool_backward[dtype];
   const int64_t tokens = packed ? length / (batch > 0 ? batch : 1) + 1 : length;
   torch::stable::parallel_for(0, batch, grain(tokens * dim), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[pool_backward_scratch(dim, p.mode_count)]);
+    const auto scratch = new_array<float>(pool_backward_scratch(dim, p.mode_count));
     kernel(p, begin, end, scratch.get());
   });
   return grad_x;

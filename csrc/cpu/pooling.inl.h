@@ -298,14 +298,15 @@ void write(const Pool& p, int64_t index, const Part<T>* parts) {
   const int64_t dim = p.layout.dim;
   float scale = 1.0f;
   if (p.normalize) {
-    Vec squares = Vec::zero();
+    Vec squares = Vec::zero(), last = Vec::zero();
     for (int64_t m = 0; m < p.mode_count; ++m) {
       parts[m].each(dim, [&](int64_t, auto k, Vec value) SENTFAST_INLINE {
-        value = only(value, k);
-        squares = Vec::fma(value, value, squares);
+        last = only(value, k);
+        squares = Vec::fma(last, last, squares);
       });
     }
-    const float norm = __builtin_sqrtf(squares.sum());
+    // A single number is not squared, as in PyTorch's vector_norm, so that it cannot leave the range.
+    const float norm = p.mode_count * dim == 1 ? Vec::abs(last).sum() : __builtin_sqrtf(squares.sum());
     if (p.norm != nullptr) p.norm[index] = norm;
     scale = 1.0f / at_least(norm, kNormalizeEps);
   }

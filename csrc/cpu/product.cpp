@@ -36,6 +36,8 @@ Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tens
                       left.scalar_type() == ScalarType::Float && right.scalar_type() == ScalarType::Float,
                   "a, b: expected float32 matrices on the CPU");
   STD_TORCH_CHECK(left.size(1) == right.size(0), "b: expected ", left.size(1), " rows, got ", right.size(0));
+  check_size(left);
+  check_size(right);
   const Tensor a = straight(left), b = straight(right);
   Product p = {};
   p.rows = a.size(0);
@@ -47,7 +49,7 @@ Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tens
   p.b = static_cast<const float*>(b.const_data_ptr());
   p.b_step = b.stride(0);
   p.b_column = b.stride(1);
-  Tensor shift, c = new_tensor({p.rows, p.columns}, ScalarType::Float);
+  Tensor shift, c = new_tensor({p.rows, p.columns}, ScalarType::Float, Life::Kept);
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->is_cpu() && bias->numel() == p.columns && bias->scalar_type() == ScalarType::Float,
                     "bias: expected ", p.columns, " float32 numbers on the CPU");

@@ -21,17 +21,57 @@ float dot(const A* a, const B* b, int64_t dim) {
   return (even + odd).sum();
 }
 
+// <x / |x|, y / |y|> with every element divided first: for norms whose squares or products leave float32's range. An
+// infinite norm makes zeros of a row, and of what is not finite in it NaN.
+template <class A, class B>
+float unit_dot(const A* a, float norm_a, const B* b, float norm_b, int64_t dim) {
+  const Vec divisor_a = Vec::fill(norm_a), divisor_b = Vec::fill(norm_b);
+  Vec sum = Vec::zero();
+  each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
+    sum = Vec::fma(only(load(a + d, k) / divisor_a, k), only(load(b + d, k) / divisor_b, k), sum);
+  });
+  return sum.sum();
+}
+
+// Whether a sum of products of two rows has lost nothing to float32's range, by the product of their norms: it bounds
+// the sum, and where it is this large, what single products lose to zero does not count.
+inline bool sum_in_range(float norms) { return norms >= 1e-30f && norms < __builtin_inff(); }
+
+// Whether the square of a norm and its inverse are far from the ends of float32's range.
+inline bool square_in_range(float norm) { return norm >= 1e-15f && norm <= 1e15f; }
+
+// |x|; of a row of one column without squaring it, as PyTorch's vector_norm does, so that it cannot leave the range.
+template <class T>
+float norm_of(const T* x, int64_t dim) {
+  if (dim == 1) return Vec::abs(only(load(x, Tail{1}), Tail{1})).sum();
+  return __builtin_sqrtf(dot(x, x, dim));
+}
+
 template <class T>
 void normalize(const Normalize& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row<T>(p.x, i);
-    const float norm = __builtin_sqrtf(dot(x, x, p.dim));
+    const float norm = norm_of(x, p.dim);
     if (p.norm != nullptr) p.norm[i] = norm;
     if (p.y == nullptr) continue;
     T* y = static_cast<T*>(p.y) + i * p.dim;
-    const Vec scale = Vec::fill(1.0f / at_least(norm, p.eps));
+    const float divisor = at_least(norm, p.eps);
+    if (p.dim == 1) {  // the inverse of a large norm would be subnormal
+      store(load(x, Tail{1}) / Vec::fill(divisor), y, Tail{1});
+      continue;
+    }
+    const Vec scale = Vec::fill(1.0f / divisor);
     each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(x + d, k) * scale, y + d, k); });
   }
+}
+
+// <x, grad> / n^3, zero below eps.
+template <class T, class G>
+float along_row(const T* x, const G* grad, float norm, float eps, int64_t dim) {
+  if (norm < eps) return 0.0f;
+  const float sum = dot(x, grad, dim);
+  if (__builtin_fabsf(sum) < __builtin_inff() && norm < __builtin_inff()) return sum / norm / norm / norm;
+  return unit_dot(x, norm, grad, 1.0f, dim) / norm / norm;
 }
 
 // grad / n - x <x, grad> / n^3; below eps only grad / eps.
@@ -41,7 +81,16 @@ void normalize_backward_row(const NormalizeBackward& p, int64_t i) {
   const G* grad = row<G>(p.grad, i);
   T* grad_x = static_cast<T*>(p.grad_x) + i * p.dim;
   const float norm = at_least(p.norm[i], p.eps);
-  const float along = p.norm[i] < p.eps ? 0.0f : dot(x, grad, p.dim) / norm / norm / norm;
+  // The coefficient of x could be lost to zero, or of one column, whose u is 1, leave a rounding where the gradient is
+  // zero: (grad - u <u, grad>) / n with u = x / n.
+  if (!(norm <= 1e15f) || (p.dim == 1 && !(p.norm[i] < p.eps))) {
+    const Vec divisor = Vec::fill(norm), along_unit = Vec::fill(unit_dot(x, norm, grad, 1.0f, p.dim));
+    each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE {
+      store((load(grad + d, k) - along_unit * (load(x + d, k) / divisor)) / divisor, grad_x + d, k);
+    });
+    return;
+  }
+  const float along = along_row(x, grad, p.norm[i], p.eps, p.dim);
   const Vec scale = Vec::fill(1.0f / norm), tangent = Vec::fill(along);
   if (along == 0.0f) {  // 0 * inf must not make NaN
     each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE { store(load(grad + d, k) * scale, grad_x + d, k); });
@@ -78,22 +127,27 @@ float cosine(const Pairwise& p, int64_t i, const T* a, const T* b) {
     aa = Vec::fma(x, x, aa);
     bb = Vec::fma(y, y, bb);
   });
-  const float norm_a = __builtin_sqrtf(aa.sum()), norm_b = __builtin_sqrtf(bb.sum());
+  const bool one = p.dim == 1;
+  const float norm_a = one ? norm_of(a, 1) : __builtin_sqrtf(aa.sum());
+  const float norm_b = one ? norm_of(b, 1) : __builtin_sqrtf(bb.sum());
   if (p.norm_a != nullptr) {
     p.norm_a[i] = norm_a;
     p.norm_b[i] = norm_b;
   }
-  return ab.sum() / at_least(norm_a, p.eps) / at_least(norm_b, p.eps);
+  const float divisor_a = at_least(norm_a, p.eps), divisor_b = at_least(norm_b, p.eps);
+  if (one || !sum_in_range(norm_a * norm_b)) return unit_dot(a, divisor_a, b, divisor_b, p.dim);
+  return ab.sum() / divisor_a / divisor_b;
 }
 
 template <class T>
 float distance(Metric metric, int64_t dim, const T* a, const T* b) {
+  const bool squared = metric == kEuclidean && dim > 1;  // see norm_of
   Vec sum = Vec::zero();
   each_vector(dim, [&](int64_t d, auto k) SENTFAST_INLINE {
     const Vec difference = load(a + d, k) - load(b + d, k);
-    sum = metric == kEuclidean ? Vec::fma(difference, difference, sum) : sum + Vec::abs(difference);
+    sum = squared ? Vec::fma(difference, difference, sum) : sum + Vec::abs(difference);
   });
-  return metric == kEuclidean ? __builtin_sqrtf(sum.sum()) : sum.sum();
+  return squared ? __builtin_sqrtf(sum.sum()) : sum.sum();
 }
 
 template <class T>
@@ -110,7 +164,7 @@ void pairwise(const Pairwise& p, int64_t begin, int64_t end) {
   }
 }
 
-// All metrics but manhattan: grad_a = across * b - along_a * a and grad_b = across * a - along_b * b.
+// Cosine and euclidean: grad_a = across * b - along_a * a and grad_b = across * a - along_b * b.
 struct Coefficients {
   float across, along_a = 0.0f, along_b = 0.0f;
 
@@ -127,12 +181,30 @@ struct Coefficients {
   }
 };
 
+// Of rows whose norms leave float32's range in the coefficients: (grad b / |b| - score a / |a|) / |a|.
+template <class T>
+void cosine_backward_row(const PairwiseBackward& p, int64_t i, const T* x, float norm_x, const T* y, float norm_y,
+                         T* grad_x) {
+  const Vec divisor_x = Vec::fill(at_least(norm_x, p.eps)), divisor_y = Vec::fill(at_least(norm_y, p.eps));
+  const Vec grad = Vec::fill(p.grad[i]), along = Vec::fill(norm_x < p.eps ? 0.0f : p.grad[i] * p.scores[i]);
+  each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE {
+    const Vec across = grad * (load(y + d, k) / divisor_y);
+    store((across - along * (load(x + d, k) / divisor_x)) / divisor_x, grad_x + d, k);
+  });
+}
+
 template <class T>
 void pairwise_backward(const PairwiseBackward& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T *a = row<T>(p.a, i), *b = row<T>(p.b, i);
     T* grad_a = static_cast<T*>(p.grad_a) + i * p.dim;
     T* grad_b = static_cast<T*>(p.grad_b) + i * p.dim;
+    // Other metrics have no norms.
+    if (p.metric == kCosine && (p.dim == 1 || !(square_in_range(p.norm_a[i]) && square_in_range(p.norm_b[i])))) {
+      cosine_backward_row(p, i, a, p.norm_a[i], b, p.norm_b[i], grad_a);
+      cosine_backward_row(p, i, b, p.norm_b[i], a, p.norm_a[i], grad_b);
+      continue;
+    }
     const Coefficients c(p, i);
     const Vec across = Vec::fill(c.across), along_a = Vec::fill(c.along_a), along_b = Vec::fill(c.along_b);
     each_vector(p.dim, [&](int64_t d, auto k) SENTFAST_INLINE {
@@ -141,6 +213,9 @@ void pairwise_backward(const PairwiseBackward& p, int64_t begin, int64_t end) {
         const Vec step = across * Vec::sign(x - y);
         store(Vec::zero() - step, grad_a + d, k);
         store(step, grad_b + d, k);
+      } else if (p.metric == kDot) {  // 0 * inf of the own row would make NaN
+        store(across * y, grad_a + d, k);
+        store(across * x, grad_b + d, k);
       } else {
         store(across * y - along_a * x, grad_a + d, k);
         store(across * x - along_b * y, grad_b + d, k);

@@ -14,6 +14,8 @@ enum SearchFormat : int { kSearchInt8, kSearchBf16, kSearchFp32, kSearchFormats 
 constexpr int64_t kSearchGroup[kSearchFormats] = {4, 2, 1};              // codes in a word
 constexpr uint32_t kSearchFlip[kSearchFormats] = {0x80808080u, 0u, 0u};  // int8 codes of a corpus are stored plus 128
 
+constexpr int kSearchCodes = 127;  // the largest int8 code of a row
+
 // Rows of the factors of a panel, each kSearchPanel long. Packed are the scale, the norms of the residual and of scale
 // * codes, the norm of the row, the product of the center and what the unit row is off it, and what the norm is off its
 // float32. A pass reads what search_factors makes of them, the last one being for the square of the norm.
@@ -72,11 +74,12 @@ struct SearchKernels {
   double (*norm)(const float* row, int64_t dim);
   double (*product)(const float* a, const float* b, int64_t dim);
   // row / divisor - center as codes of a format, filled up to whole words with 0; nullptr: no center. The scale of int8
-  // is at least `least`.
+  // is at least `least`, its codes are from -most to most.
   SearchCodes (*quantize[kSearchFormats])(const float* row, int64_t dim, double divisor, const float* center,
-                                          double least, uint32_t* codes);
+                                          double least, double most, uint32_t* codes);
   // `rows` rows of words, `words` apart, become a panel; every word is changed by exclusive or with `flip`.
   void (*panel)(const uint32_t* from, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel);
+  int query_codes;  // the largest int8 code of a query, for which no sum of the pass overflows
   // Writes pairs whose bound is above their query's limit, or NaN: at most count * kSearchPanel; returns how many.
   int64_t (*scan[kSearchFormats])(const SearchScan&, SearchHit* hits);
   // Exact scores of pairs.

@@ -30,7 +30,7 @@ inline void search_pack_row(SearchFormat format, const float* row, int64_t dim, 
     std::fill_n(codes, (dim + kSearchGroup[format] - 1) / kSearchGroup[format], 0u);
     return;
   }
-  const SearchCodes c = kernel.quantize[format](row, dim, norm, center, 0, codes);
+  const SearchCodes c = kernel.quantize[format](row, dim, norm, center, 0, kSearchCodes, codes);
   factor(kSearchScale) = static_cast<float>(c.scale);
   factor(kSearchResidual) = static_cast<float>(c.residual);
   factor(kSearchHeight) = static_cast<float>(c.height);

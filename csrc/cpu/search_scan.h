@@ -98,7 +98,8 @@ class SearchScanner {
       return {};
     }
     const float* center = q.norm > 0 ? corpus_.center : nullptr;
-    return kernel_.quantize[format](rows_.data + query * rows_.stride, rows_.dim, q.divisor, center, 1e-6, to);
+    return kernel_.quantize[format](rows_.data + query * rows_.stride, rows_.dim, q.divisor, center, 1e-6,
+                                    kernel_.query_codes, to);
   }
 
   void visit(int64_t begin, int64_t end) {
@@ -241,8 +242,13 @@ class SearchScanner {
         for (int64_t i = 0; i < some; ++i) {
           const uint32_t query = scored_[first + i];
           const float* own = scores + i * kSearchPanel;
+          bool open = reducer_.open(query);
+          float least = reducer_.exclusive(query);
           for (int64_t j = 0; j < rows; ++j) {
-            if (reducer_.open(query) || !(own[j] <= reducer_.exclusive(query))) take(query, row + j, own[j]);
+            if (!open && own[j] <= least) continue;
+            take(query, row + j, own[j]);
+            open = reducer_.open(query);
+            least = reducer_.exclusive(query);
           }
         }
       }

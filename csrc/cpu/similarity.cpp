@@ -1,4 +1,5 @@
 // L2 normalisation and similarity: checks, allocation and threads around the loops of rows.inl.h and matrix.inl.h.
+#include <cmath>
 #include <memory>
 #include <tuple>
 
@@ -25,17 +26,36 @@ void run(NormalizeFn kernel, const Normalize& p, int64_t rows) {
   torch::stable::parallel_for(0, rows, grain(p.dim), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-// Writes the norms of the rows of x.
-void write_norms(const Tensor& x, float* norm) {
+bool all_zero(const char* row, int64_t dim, int64_t element) {
+  for (int64_t d = 0; d < dim; ++d) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, row + d * element, static_cast<size_t>(element));
+    if (bits << (element == 4 ? 1 : 17) != 0) return false;  // whatever the sign
+  }
+  return true;
+}
+
+// Writes the norms of the rows of x. Whether plain products of these rows, divided by their norms, are their cosines:
+// not where a square or a product leaves float32's range.
+bool write_norms(const Tensor& x, float* norm) {
+  constexpr float least = 1e-15f;
   const RowView view(x);
   const Normalize p = {view.dim, view.get(), nullptr, norm, 0.0f};
   run(kernels().normalize[dtype_index(x, "x")], p, view.rows);
+  const int64_t element = static_cast<int64_t>(x.element_size());
+  const char* data = static_cast<const char*>(view.get().data);
+  for (int64_t i = 0; i < view.rows; ++i) {
+    const bool tiny = norm[i] < least && !all_zero(data + i * view.stride * element, view.dim, element);
+    if (tiny || norm[i] * norm[i] == HUGE_VALF) return false;
+  }
+  return true;
 }
 
 Tensor normalize_into(const Tensor& x, double eps, float* norm) {
   const int dtype = dtype_index(x, "x");
   const RowView view(x);
   Tensor y = new_tensor(sizes_of(x), x.scalar_type());
+  if (view.dim == 0 && norm == nullptr) return y;
   const Normalize p = {view.dim, view.get(), y.mutable_data_ptr(), norm, static_cast<float>(eps)};
   run(kernels().normalize[dtype], p, view.rows);
   return y;
@@ -48,7 +68,7 @@ Tensor l2_normalize(const Tensor& x, double eps) {
 
 std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
   check_rank(x, 1, "x");
-  Tensor norm = new_tensor(leading(x), ScalarType::Float);
+  Tensor norm = new_tensor(leading(x), ScalarType::Float, Life::Kept);
   return {normalize_into(x, eps, static_cast<float*>(norm.mutable_data_ptr())), norm};
 }
 
@@ -60,7 +80,7 @@ Tensor l2_normalize_backward(const Tensor& grad, const Tensor& x, Tensor norm, d
   const RowView x_view(x), grad_view(grad);
   STD_TORCH_CHECK(norm.numel() == x_view.rows && norm.scalar_type() == ScalarType::Float,
                   "norm: expected float32, one per row of x");
-  Tensor grad_x = new_tensor(sizes_of(x), x.scalar_type());
+  Tensor grad_x = new_tensor(sizes_of(x), x.scalar_type(), Life::Kept);
   const NormalizeBackward p = {x_view.dim,
                                grad_view.get(),
                                x_view.get(),
@@ -103,6 +123,8 @@ const void* at(const Tensor& x, int64_t offset) {
 Tensor matrix(const Tensor& a, const Tensor& b, const float* norm_a, const float* norm_b, float eps) {
   check_rank(a, 2, "a");
   check_rank(b, 2, "b");
+  check_size(a);
+  check_size(b);
   const MatrixFn kernel = kernels().matrix[dtype_index(a, "a")][dtype_index(b, "b")];
   const int64_t d = a.dim();
   std::vector<int64_t> sizes = sizes_of(a), sizes_b = sizes_of(b);
@@ -151,14 +173,15 @@ Tensor matrix(const Tensor& a, const Tensor& b, const float* norm_a, const float
 Tensor dot_similarity(const Tensor& a, const Tensor& b) { return matrix(a, b, nullptr, nullptr, 0.0f); }
 
 Tensor cosine_into(const Tensor& a, const Tensor& b, double eps, float* norm_a, float* norm_b) {
-  write_norms(a, norm_a);
-  write_norms(b, norm_b);
-  return matrix(a, b, norm_a, norm_b, static_cast<float>(eps));
+  const bool plain_a = write_norms(a, norm_a), plain_b = write_norms(b, norm_b);
+  if (plain_a && plain_b) return matrix(a, b, norm_a, norm_b, static_cast<float>(eps));
+  const auto unit = [&](const Tensor& x) { return normalize_into(as(x, ScalarType::Float), eps, nullptr); };
+  return matrix(unit(a), unit(b), nullptr, nullptr, 0.0f);
 }
 
 int64_t row_count(const Tensor& x) {
   int64_t rows = 1;
-  for (int64_t i = 0; i < x.dim() - 1; ++i) rows *= x.size(i);
+  for (int64_t i = 0; i < x.dim() - 1; ++i) rows = times(rows, x.size(i));
   return rows;
 }
 
@@ -166,14 +189,15 @@ Tensor cosine_similarity(const Tensor& a, const Tensor& b, double eps) {
   check_rank(a, 2, "a");
   check_rank(b, 2, "b");
   const int64_t rows_a = row_count(a), rows_b = row_count(b);
-  const std::unique_ptr<float[]> norms(new float[rows_a + rows_b]);
-  return cosine_into(a, b, eps, norms.get(), norms.get() + rows_a);
+  const auto norm_a = new_array<float>(rows_a), norm_b = new_array<float>(rows_b);
+  return cosine_into(a, b, eps, norm_a.get(), norm_b.get());
 }
 
 std::tuple<Tensor, Tensor, Tensor> cosine_similarity_forward(const Tensor& a, const Tensor& b, double eps) {
   check_rank(a, 2, "a");
   check_rank(b, 2, "b");
-  Tensor norm_a = new_tensor(leading(a), ScalarType::Float), norm_b = new_tensor(leading(b), ScalarType::Float);
+  Tensor norm_a = new_tensor(leading(a), ScalarType::Float, Life::Kept);
+  Tensor norm_b = new_tensor(leading(b), ScalarType::Float, Life::Kept);
   Tensor scores = cosine_into(a, b, eps, static_cast<float*>(norm_a.mutable_data_ptr()),
                               static_cast<float*>(norm_b.mutable_data_ptr()));
   return {scores, norm_a, norm_b};
@@ -217,7 +241,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_similarity_forward(const Tensor& a, 
                                                                double eps) {
   check_pair(a, b);
   const std::vector<int64_t> sizes = metric_of(metric) == kCosine ? leading(a) : std::vector<int64_t>{0};
-  Tensor norm_a = new_tensor(sizes, ScalarType::Float), norm_b = new_tensor(sizes, ScalarType::Float);
+  Tensor norm_a = new_tensor(sizes, ScalarType::Float, Life::Kept);
+  Tensor norm_b = new_tensor(sizes, ScalarType::Float, Life::Kept);
   Tensor scores = pairwise_into(a, b, metric, eps, static_cast<float*>(norm_a.mutable_data_ptr()),
                                 static_cast<float*>(norm_b.mutable_data_ptr()));
   return {scores, norm_a, norm_b};
@@ -241,7 +266,8 @@ std::tuple<Tensor, Tensor> pairwise_similarity_backward(Tensor grad, const Tenso
     STD_TORCH_CHECK(norm_a.scalar_type() == ScalarType::Float && norm_b.scalar_type() == ScalarType::Float,
                     "norms: expected float32");
   }
-  Tensor grad_a = new_tensor(sizes_of(a), a.scalar_type()), grad_b = new_tensor(sizes_of(b), b.scalar_type());
+  Tensor grad_a = new_tensor(sizes_of(a), a.scalar_type(), Life::Kept);
+  Tensor grad_b = new_tensor(sizes_of(b), b.scalar_type(), Life::Kept);
   const PairwiseBackward p = {a_view.dim,
                               a_view.get(),
                               b_view.get(),

@@ -1,7 +1,9 @@
 // Between PyTorch's stable tensors and the kernels: dtypes, outputs, rows.
 #pragma once
 
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,16 +12,33 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
 #include "isa.h"
 
-// Of PyTorch 2.11 and later.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+// Headers before PyTorch 2.12 have the plain form only.
+#if defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define SENTFAST_TORCH_CALL STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define SENTFAST_TORCH_CALL TORCH_ERROR_CODE_CHECK
+#endif
+
+// Of PyTorch 2.11 and later, whatever the headers are of: null where the running PyTorch is older. Windows has no such
+// symbols, so there it is never used.
+#if defined(__APPLE__)
+#define SENTFAST_IF_THERE __attribute__((weak_import))
+#else
+#define SENTFAST_IF_THERE __attribute__((weak))
+#endif
+#if !defined(_WIN32)
+extern "C" SENTFAST_IF_THERE AOTITorchError torch_from_blob(
     void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
     int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+#endif
 
 namespace sentfast::cpu {
 
@@ -28,7 +47,7 @@ using torch::stable::Tensor;
 
 // The pages of a new tensor this large are asked for in 2 MiB pieces.
 constexpr int64_t kLargeBytes = int64_t{16} << 20;
-// A new tensor this large takes a block of memory of its own; PyTorch aligns its tensors alike.
+// What training keeps takes a block of memory of its own if it is this large; PyTorch aligns its tensors alike.
 constexpr int64_t kOwnBytes = int64_t{1} << 20;
 constexpr int64_t kAlignment = 64;
 
@@ -76,38 +95,71 @@ inline int64_t element_bytes(ScalarType dtype) {
   }
 }
 
-// Memory of a plain malloc where it is worth it, else PyTorch's. PyTorch asks for aligned blocks, from which glibc cuts
-// off the ends; small objects settle in them, and the block, once free, is too small for the next of the same size. A
-// step of training then takes new memory for what it has just freed.
+// How long a new tensor lives, which says where it lies.
+//
+// Kept: what training keeps until the gradient, and gradients. Memory of a plain malloc. PyTorch asks for aligned
+// blocks, from which glibc cuts off the ends; small objects settle in them, and the block, once free, is too small for
+// the next of the same size. A step of training then takes new memory for what it has just freed. PyTorch cannot resize
+// such a tensor in place, nor any tensor that needs a gradient.
+//
+// Given: what a user gets of calls that sentence-transformers makes too, and results without a gradient. PyTorch's own
+// memory, which the user may resize.
+enum class Life { Given, Kept };
+
 inline AtenTensorHandle empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t bytes,
-                              ScalarType dtype) {
+                              ScalarType dtype, Life life) {
   AtenTensorHandle handle = nullptr;
   const auto type = static_cast<int32_t>(dtype);
   const int32_t cpu = aoti_torch_device_type_cpu();
-  if (bytes < kOwnBytes || torch_from_blob == nullptr) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, type, cpu, -1, &handle));
+#if defined(_WIN32)
+  const bool own = false;
+#else
+  const bool own = life == Life::Kept && bytes >= kOwnBytes && torch_from_blob != nullptr;
+#endif
+  if (!own) {
+    SENTFAST_TORCH_CALL(aoti_torch_empty_strided(dims, sizes, strides, type, cpu, -1, &handle));
     return handle;
   }
-  void* block = std::malloc(static_cast<size_t>(bytes + kAlignment));
+#if !defined(_WIN32)
+  void* block = std::malloc(static_cast<size_t>(bytes) + kAlignment);
   STD_TORCH_CHECK(block != nullptr, "no memory for ", bytes, " bytes");
   const uintptr_t data = (reinterpret_cast<uintptr_t>(block) + kAlignment - 1) / kAlignment * kAlignment;
   const auto release = [](void*, void* owned) { std::free(owned); };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(reinterpret_cast<void*>(data), dims, sizes, strides, 0, type, cpu, -1,
-                                                &handle, aoti_torch_layout_strided(), nullptr, 0, release, block));
+  SENTFAST_TORCH_CALL(torch_from_blob(reinterpret_cast<void*>(data), dims, sizes, strides, 0, type, cpu, -1, &handle,
+                                      aoti_torch_layout_strided(), nullptr, 0, release, block));
+#endif
   return handle;
 }
 
+// a * b of two sizes, or an error: a tensor that holds a few numbers can be expanded to any size.
+inline int64_t times(int64_t a, int64_t b) {
+  int64_t product = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "expected a size below 2^63, got ", a, " * ", b);
+  return product;
+}
+
+// Refuses a tensor that would take 2^63 bytes or more if each element had its own: no loop could visit them.
+inline void check_size(const Tensor& x) {
+  int64_t bytes = static_cast<int64_t>(x.element_size());
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (x.size(i) == 0) return;
+  }
+  for (int64_t i = 0; i < x.dim(); ++i) bytes = times(bytes, x.size(i));
+}
+
 // A new contiguous CPU tensor, not initialised.
-inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype) {
+inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype, Life life) {
   constexpr int64_t most = 64;  // PyTorch's own limit
   STD_TORCH_CHECK(dims <= most, "expected at most ", most, " dimensions, got ", dims);
   int64_t strides[most], numel = 1;
+  bool none = false;
   for (int64_t i = dims; i-- > 0;) {
     strides[i] = numel;
-    numel *= sizes[i] > 0 ? sizes[i] : 1;
+    numel = times(numel, sizes[i] > 0 ? sizes[i] : 1);
+    none = none || sizes[i] == 0;
   }
-  const int64_t bytes = numel * element_bytes(dtype);
-  Tensor result(empty(dims, sizes, strides, bytes, dtype));
+  const int64_t bytes = none ? 0 : times(numel, element_bytes(dtype));
+  Tensor result(empty(dims, sizes, strides, bytes, dtype, life));
   if (bytes >= kLargeBytes) advise_huge_pages(result.mutable_data_ptr(), bytes);
   // The tests ask for tensors full of NaN, so that an element that a kernel forgets is seen.
   static const bool fill = std::getenv("SENTFAST_TEST_FILL") != nullptr;
@@ -116,12 +168,25 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   return result;
 }
 
-inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return new_tensor(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype, Life life = Life::Given) {
+  return new_tensor(sizes.data(), static_cast<int64_t>(sizes.size()), dtype, life);
 }
 
-inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, Life life = Life::Given) {
+  return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, life);
+}
+
+// `count` uninitialised numbers, or an error that says how many.
+template <class T>
+std::unique_ptr<T[]> new_array(int64_t count) {
+  const int64_t bytes = times(count, static_cast<int64_t>(sizeof(T)));
+  std::unique_ptr<T[]> found(new (std::nothrow) T[static_cast<size_t>(count)]);
+  STD_TORCH_CHECK(found != nullptr, "no memory for ", bytes, " bytes");
+  return found;
+}
+
+inline Tensor as(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& x) {
@@ -135,8 +200,9 @@ struct RowView {
   int64_t rows, dim, stride;
 
   explicit RowView(const Tensor& x) : tensor(x), rows(1), dim(x.size(x.dim() - 1)), stride(dim) {
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-    if (x.numel() > 0 && !uniform()) {
+    check_size(x);
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = times(rows, x.size(i));
+    if (rows > 0 && dim > 0 && !uniform()) {
       tensor = torch::stable::contiguous(x);
       uniform();
     }

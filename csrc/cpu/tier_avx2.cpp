@@ -13,6 +13,7 @@ namespace {
 #include "gemm.inl.h"
 #include "matrix.inl.h"
 #include "math.inl.h"
+#include "linear_in_place.inl.h"
 #include "linear.inl.h"
 #include "product.inl.h"
 #include "dropout.inl.h"
@@ -22,6 +23,7 @@ namespace {
 #include "norm.inl.h"
 #include "activation.inl.h"
 #include "losses.inl.h"
+#include "search_exact.inl.h"
 #include "search.inl.h"
 // clang-format on
 }  // namespace

@@ -16,10 +16,12 @@ namespace {
 #include "gemm.inl.h"
 #include "matrix.inl.h"
 #include "math.inl.h"
+#include "linear_in_place.inl.h"
 #include "linear.inl.h"
 #include "dropout.inl.h"
 #include "attention.inl.h"
 #include "layers.inl.h"
+#include "search_exact.inl.h"
 #include "search.inl.h"
 // clang-format on
 

@@ -13,6 +13,7 @@ namespace {
 // clang-format off: the order matters
 #include "loops.inl.h"
 #include "gemm.inl.h"
+#include "search_exact.inl.h"
 #include "search.inl.h"
 // clang-format on
 }  // namespace
@@ -20,6 +21,7 @@ namespace {
 const Kernels& table() {
   static Kernels filled = [] {
     Kernels t = avx512::table();
+    t.search.query_codes = search::Int8Step::query_codes;
     t.search.scan[kSearchInt8] = search::scan<search::Int8Step>;
     return t;
   }();

@@ -2,6 +2,8 @@
 #include <cmath>
 #include <cstring>
 
+#define SENTFAST_PLAIN
+
 struct Vec {
   static constexpr int lanes = 8;
   static constexpr int tile_vectors = 1;  // width of the matrix tile, in vectors

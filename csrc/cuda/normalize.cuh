@@ -14,6 +14,13 @@ __device__ inline int lane_of_warp() { return threadIdx.x % kWarp; }
 // Unlike fmaxf, keeps NaN.
 __device__ inline float at_least(float norm, float eps) { return norm < eps ? eps : norm; }
 
+// The norm of a row by the sum of its squares. A row of one column is not squared, as in PyTorch's vector_norm, so that
+// it cannot leave float32's range.
+template <typename T>
+__device__ inline float norm_of(const T* x, int64_t dim, float squares) {
+  return dim == 1 ? fabsf(to_float(x[0])) : sqrtf(squares);
+}
+
 // (grad - y * along) / norm; below eps the denominator of the forward pass was a constant.
 __device__ inline float normalize_gradient(float grad, float y, float along, float norm, float eps) {
   return norm < eps ? grad / eps : (grad - y * along) / norm;
@@ -45,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
       for (int i = 0; i < N; ++i) squares += values[i] * values[i];
     }
-    const float norm = sqrtf(reduce_warp(squares, Sum()));
+    const float norm = norm_of(x, a.dim, reduce_warp(squares, Sum()));
     const float denominator = at_least(norm, a.eps);
     Out* y = static_cast<Out*>(a.y) + row * a.dim;
 #pragma unroll 4

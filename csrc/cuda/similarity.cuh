@@ -93,8 +93,23 @@ struct PairwiseArguments {
   float eps;
 };
 
+// Whether a sum of products of two rows has lost nothing to float32's range, by the product of their norms.
+__device__ inline bool in_range(float norms) { return norms >= 1e-30f && norms < INFINITY; }
+
+// <x / divisor_a, y / divisor_b>, each element divided before it is multiplied. Rare: without vectors.
+template <typename T>
+__device__ inline float unit_product(const PairwiseArguments& p, const T* a, const T* b, float divisor_a,
+                                     float divisor_b) {
+  float sum = 0.0f;
+  for (int64_t c = lane_of_warp(); c < p.dim; c += kWarp) {
+    sum += (to_float(a[c * p.a_stride]) / divisor_a) * (to_float(b[c * p.b_stride]) / divisor_b);
+  }
+  return reduce_warp(sum, Sum());
+}
+
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) pairwise_kernel(const __grid_constant__ PairwiseArguments p) {
+  const bool squared = p.metric == kEuclidean && p.dim > 1;  // see norm_of
   for (int64_t row = first_row(); row < p.rows.count; row += row_step()) {
     int64_t offset[2];
     p.rows.offsets(row, offset);
@@ -114,16 +129,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) pairwise_kernel(const __
           squares_b += y[i] * y[i];
         } else {
           const float d = x[i] - y[i];
-          sum += p.metric == kEuclidean ? d * d : fabsf(d);
+          sum += squared ? d * d : fabsf(d);
         }
       }
     }
     sum = reduce_warp(sum, Sum());
-    if (p.metric == kEuclidean) sum = sqrtf(sum);
+    if (squared) sum = sqrtf(sum);
     if (p.metric >= kEuclidean) sum = -sum;
     if (p.metric == kCosine) {
-      const float norm_a = sqrtf(reduce_warp(squares_a, Sum())), norm_b = sqrtf(reduce_warp(squares_b, Sum()));
-      sum = sum / at_least(norm_a, p.eps) / at_least(norm_b, p.eps);
+      const float norm_a = norm_of(a, p.dim, reduce_warp(squares_a, Sum()));
+      const float norm_b = norm_of(b, p.dim, reduce_warp(squares_b, Sum()));
+      const float divisor_a = at_least(norm_a, p.eps), divisor_b = at_least(norm_b, p.eps);
+      // Of one column it is 1 or -1, which is not left to roundings.
+      const bool plain = p.dim > 1 && in_range(norm_a * norm_b);
+      sum = plain ? sum / divisor_a / divisor_b : unit_product(p, a, b, divisor_a, divisor_b);
       if (lane_of_warp() == 0) {
         p.norm_a[row] = norm_a;
         p.norm_b[row] = norm_b;

@@ -94,6 +94,12 @@ struct Mover {
     at += kDepth<kTile> * o.depth_stride;
   }
 
+  // By the divisors of the tile's rows.
+  __device__ void divide(const Operand& o, const float* divisor) {
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) values[i] /= divisor[row + (o.rows_adjoin ? i : 0)];
+  }
+
   __device__ void write(const Operand& o, Panel<kTile>& panel) const {
 #pragma unroll
     for (int i = 0; i < kPart; ++i) {
@@ -143,49 +149,32 @@ __device__ inline void write_scores(const MatrixArguments& p, int64_t batch, int
   }
 }
 
-// Divides the scores by the norms of their rows; `squares` is that of row threadIdx.x % kTile, of a and then of b.
-template <int kTile, int kMicro>
-__device__ inline void finish_cosine(const MatrixArguments& p, int64_t batch, int64_t row0, int64_t column0,
-                                     float squares, float (&sum)[kMicro][kMicro]) {
-  __shared__ float inverse[2][kTile];
-  const int which = threadIdx.x / kTile, row = threadIdx.x % kTile;
-  // The tile before may still be reading.
-  __syncthreads();
-  if (which < 2) {
-    const float norm = sqrtf(squares);
-    inverse[which][row] = 1.0f / at_least(norm, p.eps);
-    if (which == 0 && column0 == 0 && row0 + row < p.a.rows) p.norm_a[batch * p.a.rows + row0 + row] = norm;
-    if (which == 1 && row0 == 0 && column0 + row < p.b.rows) p.norm_b[batch * p.b.rows + column0 + row] = norm;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kMicro; ++i) {
-    const float inverse_a = inverse[0][i / 4 * 4 * kSide + threadIdx.x / kSide * 4 + i % 4];
-#pragma unroll
-    for (int j = 0; j < kMicro; ++j) {
-      sum[i][j] *= inverse_a;
-      sum[i][j] *= inverse[1][j / 4 * 4 * kSide + threadIdx.x % kSide * 4 + j % 4];
-    }
-  }
-}
+enum class Products { kPlain, kCosines, kUnits };
 
-template <int kTile, bool kCosines>
-__device__ inline void matrix_tile(const MatrixArguments& p, int64_t batch, int64_t row0, int64_t column0) {
-  constexpr int kMicro = kTile / kSide;
-  __shared__ Panel<kTile> panel_a[2], panel_b[2];
+// The products of a tile, over the whole depth. kCosines: and the squares of row threadIdx.x % kTile, of a and then b;
+// kUnits: of the rows by their divisors.
+template <int kTile, Products kOf, int kMicro>
+__device__ inline void multiply_tile(const MatrixArguments& p, int64_t batch, int64_t row0, int64_t column0,
+                                     Panel<kTile> (&panel_a)[2], Panel<kTile> (&panel_b)[2],
+                                     const float (*divisor)[kTile], float (&sum)[kMicro][kMicro], float& squares) {
   int64_t offset[2];
   p.batch.offsets(batch, offset);
   Mover<kTile> a(p.a, offset[0], row0), b(p.b, offset[1], column0);
-  float sum[kMicro][kMicro] = {};
-  float squares = 0.0f;
+  const auto write = [&](int to) {
+    if constexpr (kOf == Products::kUnits) {
+      a.divide(p.a, divisor[0]);
+      b.divide(p.b, divisor[1]);
+    }
+    a.write(p.a, panel_a[to]);
+    b.write(p.b, panel_b[to]);
+  };
   constexpr int kStep = kDepth<kTile>;
   int now = 0;
   a.read(p.a, p.depth);
   b.read(p.b, p.depth);
   // The tile before may still be reading.
   __syncthreads();
-  a.write(p.a, panel_a[0]);
-  b.write(p.b, panel_b[0]);
+  write(0);
   __syncthreads();
   for (int64_t left = p.depth; left > 0; left -= kStep) {
     // The next step's loads run beneath this one's arithmetic.
@@ -205,7 +194,7 @@ __device__ inline void matrix_tile(const MatrixArguments& p, int64_t batch, int6
 #pragma unroll
         for (int j = 0; j < kMicro; ++j) sum[i][j] = fmaf(x[i], y[j], sum[i][j]);
       }
-      if constexpr (kCosines) {
+      if constexpr (kOf == Products::kCosines) {
         if (threadIdx.x < 2 * kTile) {
           const Panel<kTile>& panel = threadIdx.x < kTile ? panel_a[now] : panel_b[now];
           const float value = panel.value[k][threadIdx.x % kTile];
@@ -213,14 +202,71 @@ __device__ inline void matrix_tile(const MatrixArguments& p, int64_t batch, int6
         }
       }
     }
-    if (more) {
-      a.write(p.a, panel_a[1 - now]);
-      b.write(p.b, panel_b[1 - now]);
-    }
+    if (more) write(1 - now);
     __syncthreads();
     now = 1 - now;
   }
-  if constexpr (kCosines) finish_cosine<kTile>(p, batch, row0, column0, squares, sum);
+}
+
+// Norms of the tile's rows, and the divisors. Whether plain products by their divisors are not all cosines: a square or
+// a product may have left float32's range.
+template <int kTile>
+__device__ inline bool finish_norms(const MatrixArguments& p, int64_t batch, int64_t row0, int64_t column0,
+                                    float squares, const Panel<kTile>& panel_a, const Panel<kTile>& panel_b,
+                                    float (&divisor)[2][kTile]) {
+  const int which = threadIdx.x / kTile, row = threadIdx.x % kTile;
+  int beyond = 0;
+  // The tile before may still be reading.
+  __syncthreads();
+  if (which < 2) {
+    const Panel<kTile>& panel = which == 0 ? panel_a : panel_b;
+    // Of a depth of 1 the first panel still holds everything.
+    const float norm = norm_of(&panel.value[0][row], p.depth, squares);
+    divisor[which][row] = at_least(norm, p.eps);
+    // Of a row of zeros too, which no register is left to tell from one whose squares have vanished.
+    beyond = norm < 1e-15f && (which == 0 ? p.a.rows > row0 + row : p.b.rows > column0 + row);
+    beyond |= norm > 1e19f;
+    if (which == 0 && column0 == 0 && row0 + row < p.a.rows) p.norm_a[batch * p.a.rows + row0 + row] = norm;
+    if (which == 1 && row0 == 0 && column0 + row < p.b.rows) p.norm_b[batch * p.b.rows + column0 + row] = norm;
+  }
+  return reduce_block(beyond, Sum()) != 0;  // also makes the divisors known to all
+}
+
+template <int kTile, int kMicro>
+__device__ inline void divide_scores(float (&divisor)[2][kTile], float (&sum)[kMicro][kMicro]) {
+  const int which = threadIdx.x / kTile, row = threadIdx.x % kTile;
+  if (which < 2) divisor[which][row] = 1.0f / divisor[which][row];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kMicro; ++i) {
+    const float inverse_a = divisor[0][i / 4 * 4 * kSide + threadIdx.x / kSide * 4 + i % 4];
+#pragma unroll
+    for (int j = 0; j < kMicro; ++j) {
+      sum[i][j] *= inverse_a;
+      sum[i][j] *= divisor[1][j / 4 * 4 * kSide + threadIdx.x % kSide * 4 + j % 4];
+    }
+  }
+}
+
+template <int kTile, bool kCosines>
+__device__ inline void matrix_tile(const MatrixArguments& p, int64_t batch, int64_t row0, int64_t column0) {
+  constexpr int kMicro = kTile / kSide;
+  __shared__ Panel<kTile> panel_a[2], panel_b[2];
+  float sum[kMicro][kMicro] = {};
+  float squares = 0.0f;
+  if constexpr (kCosines) {
+    __shared__ float divisor[2][kTile];
+    multiply_tile<kTile, Products::kCosines>(p, batch, row0, column0, panel_a, panel_b, divisor, sum, squares);
+    if (finish_norms(p, batch, row0, column0, squares, panel_a[0], panel_b[0], divisor)) {
+#pragma unroll
+      for (int i = 0; i < kMicro * kMicro; ++i) sum[i / kMicro][i % kMicro] = 0.0f;
+      multiply_tile<kTile, Products::kUnits>(p, batch, row0, column0, panel_a, panel_b, divisor, sum, squares);
+    } else {
+      divide_scores(divisor, sum);
+    }
+  } else {
+    multiply_tile<kTile, Products::kPlain>(p, batch, row0, column0, panel_a, panel_b, nullptr, sum, squares);
+  }
   write_scores<kTile>(p, batch, row0, column0, sum);
 }
 

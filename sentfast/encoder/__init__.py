@@ -2,7 +2,8 @@
 
 from sentfast.encoder.composed import Composed
 from sentfast.encoder.device import pack_on_device
-from sentfast.encoder.encoder import Encoder, encoder_of, encoder_or_parts
+from sentfast.encoder.encoder import encoder_of, encoder_or_parts
+from sentfast.encoder.on_cpu import Encoder
 from sentfast.encoder.packed import Packed, pack_padded
 from sentfast.encoder.training import token_embeddings
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+Read = Callable[[Tensor], Tensor]
+# What :func:`switches` compares, as it may change from call to call.
+SWITCHES = frozenset({"_disable_adapters", "_active_adapter", "merged_adapters", "scaling"})
 
 
 def adapted(module: nn.Module) -> bool:
@@ -68,12 +73,15 @@ def switches(modules: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     ]
 
 
-def weight(module: Any) -> Tensor:
-    """The matrix of a linear layer for evaluation: W plus scaling * B A of each active adapter, [out, in]."""
-    found: Tensor = module.weight
+def weight(module: Any, matrix: Read, small: Read) -> Tensor:
+    """The matrix of a linear layer for evaluation: W plus scaling * B A of each active adapter, [out, in].
+
+    matrix, small: how W is read, and how A and B are.
+    """
+    found = matrix(module.weight)
     if type(module) is nn.Linear:
         return found
     with torch.no_grad():
         for term in terms(module) or ():
-            found = torch.addmm(found, term.b, term.a, alpha=term.scaling)
+            found = torch.addmm(found, small(term.b), small(term.a), alpha=term.scaling)
     return found

@@ -20,6 +20,7 @@ class Architecture:
         padding_idx: where positions start after this number, which tokens equal to it keep as their position.
         projection: from the embedding size to the hidden size; a model may lack it where the two are equal.
         attention_bias: module with the relative position bias.
+        pooler: class of the module `pooler`, which is called with the last hidden state; a model may lack it.
         layers: list of the layers; what follows is in each of them.
         qkv: query, key and value, or the one that holds all three.
         pre_norm: the norms stand before the two parts of a layer, and one after the last layer.
@@ -41,6 +42,7 @@ class Architecture:
     padding_idx: str = ""
     projection: str = ""
     attention_bias: str = ""
+    pooler: str = ""
     layers: str = "encoder.layer"
     qkv: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
     output: str = "attention.output.dense"
@@ -67,19 +69,26 @@ class Architecture:
         return f"transformers.models.{name}.modeling_{name}"
 
 
-_BERT = Architecture("bert", "BertModel")
-_ROBERTA = replace(_BERT, model_type="roberta", model_class="RobertaModel", padding_idx="embeddings.padding_idx")
+_BERT = Architecture("bert", "BertModel", pooler="BertPooler")
+_ROBERTA = replace(
+    _BERT,
+    model_type="roberta",
+    model_class="RobertaModel",
+    padding_idx="embeddings.padding_idx",
+    pooler="RobertaPooler",
+)
 
 ARCHITECTURES = (
     _BERT,
     _ROBERTA,
-    replace(_ROBERTA, model_type="xlm-roberta", model_class="XLMRobertaModel"),
-    replace(_ROBERTA, model_type="camembert", model_class="CamembertModel"),
+    replace(_ROBERTA, model_type="xlm-roberta", model_class="XLMRobertaModel", pooler="XLMRobertaPooler"),
+    replace(_ROBERTA, model_type="camembert", model_class="CamembertModel", pooler="CamembertPooler"),
     replace(
         _BERT,
         model_type="electra",
         model_class="ElectraModel",
         output_class="BaseModelOutputWithPastAndCrossAttentions",
+        pooler="",
         projection="embeddings_project",
     ),
     Architecture(
@@ -107,6 +116,7 @@ ARCHITECTURES = (
         token_types="",
         padding_idx="embeddings.padding_idx",
         attention_bias="encoder",
+        pooler="MPNetPooler",
         qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         output="attention.attn.o",
         attention_norm="attention.LayerNorm",

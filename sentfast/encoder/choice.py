@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
-PRECISIONS = ("match", "bf16")
+from sentfast import weak
+from sentfast.ops import checks
 
-_chosen: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-_off: WeakSet[nn.Module] = WeakSet()
+PRECISIONS = ("match", "bf16")
+NOT_SAID = ""
+PADDED_ROWS = ("zeros", "exact")
+
+_chosen: weak.Table[str] = weak.Table()
+_rows: weak.Table[str] = weak.Table()
+_off = weak.Set()
 
 
 def check_precision(precision: Any) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+    checks.one_of("precision", precision, PRECISIONS)
+
+
+def check_padded_rows(padded_rows: Any) -> None:
+    checks.one_of("padded_rows", padded_rows, (*PADDED_ROWS, None))
 
 
 def precision_name(compute_dtype: torch.dtype) -> str:
@@ -24,14 +32,16 @@ def precision_name(compute_dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(compute_dtype, "fp32")
 
 
-def choose(model: nn.Module, precision: str) -> None:
+def choose(model: nn.Module, precision: str, padded_rows: str | None = None) -> None:
     """`model` is a base model, here and below."""
     _off.discard(model)
     _chosen[model] = precision
+    _rows[model] = NOT_SAID if padded_rows is None else padded_rows
 
 
 def turn_off(model: nn.Module) -> None:
     _chosen.pop(model, None)
+    _rows.pop(model, None)
     _off.add(model)
 
 
@@ -42,3 +52,8 @@ def is_off(model: nn.Module) -> bool:
 def chosen(model: nn.Module) -> str | None:
     """The precision that was chosen for the model, None if nothing was."""
     return _chosen.get(model)
+
+
+def padded_rows(model: nn.Module) -> str | None:
+    """ "zeros", "exact", or NOT_SAID; None if the model was not accelerated by name."""
+    return _rows.get(model)

@@ -19,7 +19,9 @@ from sentfast.encoder.choice import precision_name
 from sentfast.encoder.device import DeviceBatch, HostBatch, batch_of, send
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.encoder.graphs import CudaCapture, Graphs, captures
+from sentfast.encoder.structure import Versions
 from sentfast.encoder.training import position_bias
+from sentfast.encoder.weights import parameters_of
 from sentfast.ops.attention import _rotary_attention, _varlen_attention
 from sentfast.ops.layers import (
     _bias_activation,
@@ -108,6 +110,13 @@ class Composed:
         self._compute_dtype = compute_dtype
         self._heads, self._activation, self._eps = parts.heads, parts.activation, parts.eps
         self._pre_norm, self._gated = parts.architecture.pre_norm, parts.architecture.gated
+        self._parts = parts
+        self._pack()
+
+    def _pack(self) -> None:
+        parts = self._parts
+        # From before the work, but told after it: until then another thread must not take the old copies for new ones.
+        written = Versions([x.detach() for x in parameters_of(parts)])
         self._words, self._positions = parts.words.weight.detach(), _table(parts.positions)
         self._types = _table(parts.token_types)
         self._embedding_norm = _norm(parts.embedding_norm)
@@ -118,6 +127,7 @@ class Composed:
         self._first_norm = _norm(parts.layers[0].attention_norm if self._pre_norm else None)
         self._layers = [self._layer(parts, index) for index in range(len(parts.layers))]
         self._graphs = Graphs(CudaCapture(self.device), self.device) if captures(self.device) else None
+        self._written = written
 
     @property
     def max_length(self) -> int:
@@ -157,6 +167,14 @@ class Composed:
         sizes = (self._types is not None, host.tokens, host.sequences)
         batch = batch_of(send(host.block(*sizes), self.device), *sizes, host.longest)
         return self.hidden(batch) if pooling is None else self.pooled(batch, pooling)
+
+    def current(self) -> bool:
+        """As far as PyTorch counts changes."""
+        return self._written.same()
+
+    def refresh(self) -> None:
+        """Packs anew what is a copy."""
+        self._pack()
 
     def pooled(self, batch: DeviceBatch, pooling: Pooling) -> Tensor:
         """[B, modes * H]."""

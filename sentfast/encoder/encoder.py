@@ -3,202 +3,89 @@
 from __future__ import annotations
 
 import copy
-import os
-import threading
-from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sentfast import native
-from sentfast.encoder import adapters, arguments, choice
+from sentfast import locks, native, weak
+from sentfast.encoder import adapters, choice
 from sentfast.encoder.architecture import architecture_of
 from sentfast.encoder.composed import Composed
 from sentfast.encoder.device import composed
 from sentfast.encoder.examine import ATTENTION_IMPLEMENTATIONS, Parts, Refusal, examine
+from sentfast.encoder.on_cpu import Encoder
+from sentfast.encoder.products import compute_dtype, why_not_bfloat16
 from sentfast.encoder.structure import State, Structure, global_hooks, has_hooks
-from sentfast.encoder.weights import can_stay, large, pack
+from sentfast.encoder.verify import try_encoders, try_steps
 from sentfast.integrations import guards
-from sentfast.ops.encoder import encoder as operator
-from sentfast.reference import POOLING_MODES
 
-# Groups computed with the matrices of a small model as they are, before they are put into panels: each group turns
-# every matrix anew, and packing takes as long as panels save in some twenty. A query is one group; a batch has one for
-# so many tokens, kGroupTokensInRows of csrc/cpu/encoder_batch.h.
-AS_THEY_ARE = 20
-GROUP = 384
-
-
-class Encoder:
-    """Runs a model's layers over packed sequences. Made by :func:`encoder_of`.
-
-    Holds tensors of the model, and its layers until they are packed.
-
-    Attributes:
-        architecture: model type of transformers.
-        hidden_size: width of the result.
-        tables: sizes of the embedding tables.
-        precision: "fp32" or "bf16": in what the products are computed.
-        dtype: that of the result.
-        device: where the model is, and the result.
-    """
-
-    def __init__(self, parts: Parts, compute_dtype: torch.dtype):
-        self.architecture = parts.architecture.model_type
-        self.hidden_size = parts.hidden_size
-        self.tables = parts.tables
-        self.precision = choice.precision_name(compute_dtype)
-        self.dtype, self.device = parts.dtype, parts.device
-        self._words = parts.words.weight.detach().contiguous()
-        self._weights = pack(parts, compute_dtype, True)
-        self._to_pack = parts if can_stay(parts, compute_dtype) and not large(parts) else None
-        self._groups = 0
-        windows = list(parts.windows) if any(window >= 0 for window in parts.windows) else []
-        self._form = (parts.heads, parts.activation, windows, parts.architecture.pre_norm, parts.architecture.gated)
-        self._eps = parts.eps
-
-    @property
-    def max_length(self) -> int:
-        return self.tables.max_length
-
-    def run(
-        self,
-        input_ids: Tensor,
-        cu_seqlens: Tensor,
-        *,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        modes: Sequence[str] = (),
-        prompt_length: int = 0,
-        normalize: bool = False,
-        padded_length: int = 0,
-        checked: bool = False,
-    ) -> Tensor:
-        """Token embeddings or pooled vectors of packed sequences.
-
-        Args:
-            input_ids: int32 [T] on the CPU.
-            cu_seqlens: int32 [B + 1], where each sequence starts, and T.
-            token_type_ids: int32 [T]; None: all 0.
-            position_ids: int32 [T]; None: as the model counts them.
-            modes: pooling modes (``reference.POOLING_MODES``), side by side in the result.
-            prompt_length: tokens at the start of each sequence that pooling leaves out.
-            normalize: pooled vectors have length 1.
-            padded_length: without modes, the length to which the result is padded.
-            checked: the arguments are those of :func:`pack_padded`, which has looked at them.
-
-        Returns:
-            [B, len(modes) * H] with modes, [B, padded_length, H] with padded_length, else [T, H].
-
-        Raises:
-            IndexError: an id, token type or position is outside its table.
-            ValueError: an argument has another dtype, shape or device, or a sequence is too long.
-        """
-        if not checked:
-            arguments.check(self.tables, input_ids, cu_seqlens, token_type_ids, position_ids, modes, padded_length)
-        if position_ids is None and self.tables.has_padding(input_ids):
-            position_ids = self.tables.count_positions(input_ids, cu_seqlens)
-        if self._to_pack is not None:
-            self._pack_if_worth(input_ids.shape[0])
-        heads, activation, windows, pre_norm, gated = self._form
-        return operator(
-            self._words,
-            input_ids,
-            cu_seqlens,
-            token_type_ids if self.tables.token_types else None,
-            position_ids,
-            self._weights,
-            heads,
-            activation,
-            windows,
-            pre_norm,
-            gated,
-            self.tables.position_offset,
-            self._eps,
-            [POOLING_MODES.index(mode) for mode in modes],
-            prompt_length,
-            normalize,
-            padded_length,
-        )
-
-    def _pack_if_worth(self, tokens: int) -> None:
-        """The bits of a result are the same before and after."""
-        with _lock, torch.inference_mode(False), torch.no_grad():
-            self._groups += -(-tokens // GROUP)
-            if self._to_pack is not None and self._groups > AS_THEY_ARE:
-                self._weights, self._to_pack = pack(self._to_pack, torch.float32), None
+_STEPS = "steps"
 
 
 class _Entry:
     """What is known of one model."""
 
     def __init__(self, model: nn.Module):
+        self.cls = type(model)
         self.structure = Structure(model)
         self.found = examine(model)
-        self.state = State(self.structure.parameters) if isinstance(self.found, Parts) else None
+        if isinstance(self.found, Parts) and self.structure.foreign:
+            self.found = Refusal("SF110", self.structure.foreign)
+        self.state = self._state()
         self.switches = self._switches()
+        if self.state is not None:
+            self.found = examine(model)  # again: another thread may write to a buffer before its bytes are noted
         self.encoders: dict[torch.dtype, Encoder | Composed] = {}
+        self.verified: dict[Any, Refusal | None] = {}  # by what was tried: products of a dtype, or the steps
 
-    def current(self) -> bool:
+    def current(self, model: nn.Module) -> bool:
         """Nothing but the values of a covered model's parameters can have changed."""
-        if not (self.structure.same_parts() and self.structure.same_code()):
-            return False
-        return self.state is not None or self.structure.same_kinds()
+        same = type(model) is self.cls and self.structure.same(model)
+        return same and (self.state is not None or self.structure.same_kinds())
 
     def same_values(self) -> bool:
-        """What a covered model's layers compute with."""
+        """Tensors are where they were, and adapters as they were."""
         assert self.state is not None
-        return self.state.current() and self.switches == self._switches()
+        return self.state.same() and self.switches == self._switches()
+
+    def _state(self) -> State | None:
+        covered = isinstance(self.found, Parts)
+        return State(self.structure.parameters, self.structure.buffers) if covered else None
 
     def _switches(self) -> list[tuple[Any, ...]]:
         return adapters.switches(self.found.adapted) if isinstance(self.found, Parts) and self.found.adapted else []
 
     def with_new_weights(self) -> _Entry:
         twin = copy.copy(self)
-        twin.state, twin.switches, twin.encoders = State(self.structure.parameters), self._switches(), {}
+        twin.state, twin.switches, twin.encoders = self._state(), self._switches(), {}
         return twin
 
-    def keeps_weights(self, newer: _Entry) -> bool:
-        """Only attributes have changed: the packed weights stay good."""
-        return self.state is not None and newer.state is not None and self.structure.same_parts() and self.same_values()
 
-
-_table: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
-_lock = threading.RLock()
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-# Another thread may have held it at the fork.
-os.register_at_fork(after_in_child=_new_lock)
+_table: weak.Table[_Entry] = weak.Table()
+_lock = locks.new()
 
 
 def _entry(model: nn.Module) -> _Entry:
     entry = _table.get(model)
-    if entry is not None and entry.current():
+    if entry is not None and entry.current(model):
         return entry
     with _lock:
         entry = _table.get(model)
-        if entry is not None and entry.current():
-            return entry
-        new = _Entry(model)
-        if entry is not None and entry.keeps_weights(new):
-            new.encoders = entry.encoders
-        _table[model] = new
-        return new
+        if entry is None or not entry.current(model):
+            entry = _Entry(model)
+            _table[model] = entry
+        return entry
 
 
 def _renewed(model: nn.Module) -> _Entry:
-    """After a change of dtype or device examined anew, after one of values with nothing packed."""
+    """Examined anew after a change of dtype, device, form or buffers; nothing packed if only memory has changed."""
     with _lock:
         entry = _entry(model)
         if entry.state is not None and not entry.same_values():
-            entry = entry.with_new_weights() if entry.structure.same_kinds() else _Entry(model)
+            renewed = entry.with_new_weights()  # first, so that no edit comes between
+            only_moved = entry.structure.same_kinds() and entry.structure.same_forms() and entry.state.same_buffers()
+            entry = renewed if only_moved else _Entry(model)
             _table[model] = entry
         return entry
 
@@ -217,38 +104,43 @@ def encoder_of(model: nn.Module, precision: str = "match", *, inside: bool = Fal
 
 
 def encoder_or_parts(
-    model: nn.Module, precision: str = "match", *, inside: bool = False, trains: bool = True
+    model: nn.Module, precision: str = "match", *, inside: bool = False, trains: bool = True, steps: bool = False
 ) -> Encoder | Composed | Parts | str:
     """As :func:`encoder_of`, but if it `trains` the model's parts where they have to run as steps.
 
-    That is with a gradient, with active dropout, and with LoRA adapters for which no matrix stands.
+    That is with a gradient, with active dropout, with LoRA adapters for which no matrix stands, and where `steps` says.
     """
     choice.check_precision(precision)
     entry = _covered(model, inside)
     if isinstance(entry, str):
         return entry
     # In training every step changes the weights, which need not be looked at.
-    if entry.structure.drops() or (torch.is_grad_enabled() and entry.structure.requires_grad()):
-        return _parts(model, entry) if trains else "SF122"
+    trained = entry.structure.drops() or (torch.is_grad_enabled() and entry.structure.requires_grad())
+    if trained or steps:
+        return _parts(model, entry, trained) if trains else "SF122"
     if isinstance(entry.found, Parts) and not _foldable(entry.found):
-        return _parts(model, entry) if trains else "SF108"
+        return _parts(model, entry, trained) if trains else "SF108"
     if not entry.same_values():
         entry = _renewed(model)
     if isinstance(entry.found, Refusal):
         return entry.found.code
     kind = entry.found.device.type
-    reason = guards.device(kind)
+    reason = guards.products(kind) or why_not_bfloat16(entry.found)
     if reason:
         return reason
     if torch.is_autocast_enabled(kind):
         if not _fits_autocast(entry.found):
             return "SF116"
         dtype = torch.get_autocast_dtype(kind)
-        dtype = _compute_dtype(entry.found, "bf16") if kind == "cpu" else dtype
+        dtype = compute_dtype(entry.found, "bf16") if kind == "cpu" else dtype
     else:
-        dtype = _compute_dtype(entry.found, precision)
+        dtype = compute_dtype(entry.found, precision)
     encoder = entry.encoders.get(dtype)
-    return _packed(entry, dtype) if encoder is None else encoder
+    if encoder is None:
+        return _packed(model, entry, dtype)
+    if not encoder.current():
+        encoder.refresh()
+    return encoder
 
 
 def _foldable(parts: Parts) -> bool:
@@ -259,8 +151,9 @@ def _foldable(parts: Parts) -> bool:
     return on_cpu_in_full and all(adapters.terms(module) is not None for module in parts.adapted)
 
 
-def _parts(model: nn.Module, entry: _Entry) -> Parts | str:
-    if not entry.structure.same_kinds():
+def _parts(model: nn.Module, entry: _Entry, trained: bool) -> Parts | str:
+    same = entry.structure.same_kinds() and entry.structure.same_forms()
+    if not (same and entry.state is not None and entry.state.same_buffers()):
         entry = _renewed(model)
     if isinstance(entry.found, Refusal):
         return entry.found.code
@@ -269,11 +162,11 @@ def _parts(model: nn.Module, entry: _Entry) -> Parts | str:
     kind = entry.found.device.type
     if torch.is_autocast_enabled(kind) and not _fits_autocast(entry.found):
         return "SF116"
-    if composed(entry.found.device):
+    if trained and composed(entry.found.device):
         # Some optimisers write to the weights where neither version nor address tells. On the CPU the values are looked
         # at; here a training step is reason enough to pack them again.
         entry.encoders = {}
-    return guards.device(kind) or entry.found
+    return guards.products(kind) or _why_not_steps(model, entry) or entry.found
 
 
 def _covered(model: nn.Module, inside: bool) -> _Entry | str:
@@ -297,13 +190,38 @@ def _fits_autocast(parts: Parts) -> bool:
     return torch.get_autocast_dtype(kind) in halves and parts.dtype == torch.float32
 
 
-def _packed(entry: _Entry, dtype: torch.dtype) -> Encoder | Composed:
+def _packed(model: nn.Module, entry: _Entry, dtype: torch.dtype) -> Encoder | Composed | str:
+    """A new encoder, if it agrees with the original code."""
+    known = entry.verified.get(dtype)
+    if known is not None:  # without making it again
+        return known.code
     with _lock, torch.inference_mode(False), torch.no_grad():
         if dtype not in entry.encoders:
             assert isinstance(entry.found, Parts)
-            new = Composed if composed(entry.found.device) else Encoder
-            entry.encoders[dtype] = new(entry.found, dtype)
+            made = _made(entry.found, dtype)
+            if dtype not in entry.verified:
+                # In float32 as well, for what roundings would hide.
+                plain = dtype != entry.found.dtype == torch.float32
+                tried = [made, _made(entry.found, torch.float32)] if plain else [made]
+                entry.verified[dtype] = try_encoders(model, entry.found, tried)
+            refusal = entry.verified[dtype]
+            if refusal is not None:
+                return refusal.code
+            entry.encoders[dtype] = made
         return entry.encoders[dtype]
+
+
+def _why_not_steps(model: nn.Module, entry: _Entry) -> str:
+    """Whether the steps that a training runs agree with the original code."""
+    if _STEPS not in entry.verified:
+        with _lock:
+            entry.verified[_STEPS] = try_steps(model)
+    refusal = entry.verified[_STEPS]
+    return "" if refusal is None else refusal.code
+
+
+def _made(parts: Parts, dtype: torch.dtype) -> Encoder | Composed:
+    return Composed(parts, dtype) if composed(parts.device) else Encoder(parts, dtype)
 
 
 def _reason_now(model: nn.Module, inside: bool) -> str:
@@ -318,7 +236,7 @@ def _reason_now(model: nn.Module, inside: bool) -> str:
             return "SF127"
         if "forward" in own:
             return "SF110"
-        if has_hooks([own]):
+        if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and has_hooks([own]):
             return "SF120"
     config = vars(own["config"]) if "config" in own else {}
     if config.get("_attn_implementation_internal") not in ATTENTION_IMPLEMENTATIONS:
@@ -332,10 +250,14 @@ def _reason_now(model: nn.Module, inside: bool) -> str:
 
 
 def refusal_of(model: nn.Module) -> Refusal | None:
-    """Why the model cannot be accelerated, as far as that does not depend on the single call. Packs nothing."""
-    found = _renewed(model).found
+    """Why the model cannot be accelerated, as far as that does not depend on the single call. Runs nothing."""
+    entry = _renewed(model)
+    found = entry.found
     if isinstance(found, Refusal):
         return found
+    tried = next((refusal for refusal in entry.verified.values() if refusal is not None), None)
+    if tried is not None:
+        return tried
     if not _foldable(found):
         return Refusal(
             "SF108", "LoRA adapters in half precision, on a GPU or in a form that no plain matrix stands for"
@@ -351,8 +273,11 @@ def refusal_of(model: nn.Module) -> Refusal | None:
     hooked = [module for module in _entry(model).structure.inner if has_hooks([vars(module)])]
     if hooked:
         return Refusal("SF120", f"on a {type(hooked[0]).__name__}")
-    reason = guards.device(found.device.type)
+    if why_not_bfloat16(found):
+        return Refusal("SF131", "PyTorch multiplies bfloat16 in AMX tiles here")
+    reason = guards.products(found.device.type)
     why = native.why_no_cpu() if found.device.type == "cpu" else native.why_no_triton(found.device.type)
+    why = why or "SENTFAST_CPU_ISA asks for them"
     return Refusal(reason, why) if reason else None
 
 
@@ -360,24 +285,15 @@ def products(model: nn.Module, precision: str) -> str:
     """In what a covered model multiplies: "fp32", "bf16" or, on a GPU, "fp16"."""
     found = _renewed(model).found
     assert isinstance(found, Parts)
-    return choice.precision_name(_compute_dtype(found, precision))
+    return choice.precision_name(compute_dtype(found, precision))
 
 
-def _compute_dtype(parts: Parts, precision: str) -> torch.dtype:
-    """On a GPU the model's dtype, or bfloat16 if that is asked for.
-
-    On the CPU bfloat16 where that is asked for, the CPU has it, and the columns come in pairs, as its panels hold them.
-    """
-    if composed(parts.device):
-        return torch.bfloat16 if precision == "bf16" and parts.dtype == torch.float32 else parts.dtype
-    asked = precision == "bf16" or parts.dtype == torch.bfloat16
-    pairs = all(layer.down.in_features % 2 == 0 for layer in parts.layers)
-    return torch.bfloat16 if asked and pairs and has_bf16() else torch.float32
-
-
-def has_bf16() -> bool:
-    """Whether the CPU kernels in use multiply bfloat16."""
-    return native.state.cpu is not None and native.state.cpu.isa() == "avx512_bf16"
+def refresh(model: nn.Module) -> None:
+    """Makes anew whatever is a copy of the model's parameters."""
+    with _lock:
+        entry = _table.get(model)
+        if entry is not None:
+            entry.encoders = {}
 
 
 def forget(model: nn.Module) -> None:

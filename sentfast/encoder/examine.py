@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import nn
 from sentfast.encoder.adapters import adapted
 from sentfast.encoder.architecture import MODEL_TYPES, Architecture, architecture_of
 from sentfast.encoder.device import composed
-from sentfast.encoder.tables import Tables
+from sentfast.encoder.parts import Dropouts, LayerParts, Parts
 from sentfast.integrations.guards import MARK
 from sentfast.reference import ACTIVATIONS
 from sentfast.registry import KERNEL_DTYPES
@@ -56,72 +55,6 @@ class _RefusalError(Exception):
         self.refusal = Refusal(code, detail)
 
 
-class Dropouts(NamedTuple):
-    """Of one layer. Each is a module, None for none; attention's may be a number, that its module drops in training."""
-
-    attention_module: nn.Module
-    attention: Any
-    output: nn.Module | None
-    gate: nn.Module | None
-    feed_forward: nn.Module | None
-
-
-class LayerParts(NamedTuple):
-    module: nn.Module
-    dropouts: Dropouts
-    qkv: tuple[nn.Linear, ...]
-    output: nn.Linear
-    attention_norm: nn.LayerNorm | None
-    up: nn.Linear
-    down: nn.Linear
-    feed_forward_norm: nn.LayerNorm
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A covered model taken apart. Holds parts of the model, never the model itself.
-
-    Attributes:
-        adapted: the linear layers with LoRA adapters.
-        activation: index in ``reference.ACTIVATIONS``.
-        windows: per layer the largest distance of a key, -1 for any; empty if that holds in every layer.
-        padding_idx: the token id that does not count as a position, None if all do.
-        position_offset: position of a sequence's first token.
-        bias: the module with the relative position bias.
-        rotary: from position ids to cosines and sines, for global and for local layers.
-        length: rows of the position table.
-        dtype, device: of every parameter.
-    """
-
-    architecture: Architecture
-    adapted: tuple[nn.Module, ...]
-    words: nn.Embedding
-    positions: nn.Embedding | None
-    token_types: nn.Embedding | None
-    embedding_norm: nn.LayerNorm
-    embedding_dropout: nn.Module
-    projection: nn.Linear | None
-    final_norm: nn.LayerNorm | None
-    bias: Any
-    rotary: tuple[Callable[[torch.Tensor], Any], ...]
-    layers: tuple[LayerParts, ...]
-    hidden_size: int
-    heads: int
-    activation: int
-    windows: tuple[int, ...]
-    eps: float
-    padding_idx: int | None
-    position_offset: int
-    length: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def tables(self) -> Tables:
-        types = 0 if self.token_types is None else self.token_types.weight.shape[0]
-        return Tables(self.words.weight.shape[0], types, self.length, self.position_offset, self.padding_idx)
-
-
 def examine(model: nn.Module) -> Parts | Refusal:
     """The model's parts, or why the packed encoder does not cover it."""
     found = architecture_of(type(model))
@@ -132,6 +65,7 @@ def examine(model: nn.Module) -> Parts | Refusal:
     try:
         _check_class(type(model), base)
         _check_parameters(model)
+        _check_buffers(model)
         _check_modules(model, architecture)
         _check_config(model.config)
         return _take_apart(model, architecture)
@@ -179,11 +113,28 @@ def _check_parameters(model: nn.Module) -> None:
                 raise _RefusalError("SF114" if sharded else "SF108", f"{path} is a {type(parameter).__name__}")
             if parameter.layout != torch.strided:
                 raise _RefusalError("SF105", f"{path} has layout {parameter.layout}")
+            # Read where it is: a copy would have to be compared with it at every call.
+            if not parameter.is_contiguous():
+                raise _RefusalError("SF105", f"{path} is not contiguous: strides {parameter.stride()}")
             dtype, device = dtype or parameter.dtype, device or parameter.device
             if parameter.device != device or not (parameter.is_cpu or composed(device)):
                 raise _RefusalError("SF103", f"{path} is on {parameter.device}, the first parameter on {device}")
             if parameter.dtype != dtype or dtype not in KERNEL_DTYPES:
                 raise _RefusalError("SF102", f"{path} is {parameter.dtype}, the first parameter {dtype}")
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """They are where the model is. Positions count from 0, and token types are 0, where a call gives none."""
+    device = next((x.device for _, module in inner_modules(model) for x in module.parameters()), None)
+    for owner, module in inner_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                raise _RefusalError("SF103", f"{owner}.{name} is on {buffer.device}, the first parameter on {device}")
+            if buffer is None or name not in ("position_ids", "token_type_ids"):
+                continue
+            default = torch.arange(buffer.shape[-1], device=buffer.device) if name == "position_ids" else 0
+            if not bool((buffer == default).all()):
+                raise _RefusalError("SF125", f"the numbers in {owner}.{name} are not those that the model starts with")
 
 
 def _check_modules(model: nn.Module, architecture: Architecture) -> None:
@@ -248,6 +199,9 @@ class _Reader:
         if plain.weight is None or (shape is not None and tuple(plain.weight.shape) != shape):
             got = "no weight" if plain.weight is None else f"shape {list(plain.weight.shape)}"
             raise _RefusalError("SF125", f"{path} has {got}, expected shape {list(shape or ())}")
+        bias = getattr(plain, "bias", None)
+        if bias is not None and bias.shape != plain.weight.shape[:1]:
+            raise _RefusalError("SF125", f"the bias of {path} has shape {list(bias.shape)}, which the sum may expand")
         self.seen.update(id(parameter) for parameter in module.parameters())
         return module
 

@@ -8,7 +8,6 @@ block is written before each replay: an offset left over from another batch woul
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sentfast import locks
 from sentfast.encoder.device import HostBatch, batch_of, send
-from sentfast.report import logger
+from sentfast.report import warn
 
 # A batch of more tokens keeps the GPU busy for longer than its launches take (BERT-base, 100 launches of about 5 us).
 MOST_TOKENS = 2048
@@ -83,7 +83,7 @@ class Graphs:
         self._device, self._most = device, most
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._seen: OrderedDict[Any, int] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = locks.new()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -118,7 +118,7 @@ class Graphs:
                 batch = batch_of(block, with_types, shape.tokens, shape.sequences, shape.longest)
                 replay, output = self._capture.record(lambda: forward(batch, *options))
         except RuntimeError as error:
-            logger.warning("CUDA graphs are not used for this model: %s", error)
+            warn(f"CUDA graphs are not used for this model: {error}")
             self._capture = None
             self._graphs.clear()
             return None

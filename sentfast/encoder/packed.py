@@ -23,10 +23,15 @@ class Packed(NamedTuple):
     position_ids: Tensor | None
     length: int
 
+    @property
+    def padded(self) -> bool:
+        """Whether the batch has rows that the mask hides."""
+        return self.input_ids.shape[0] < (self.cu_seqlens.shape[0] - 1) * self.length
+
     def pad(self, x: Tensor) -> Tensor:
         """[T, H] -> [B, length, H] with zeros after each sequence; differentiable."""
         batch, total, hidden = self.cu_seqlens.shape[0] - 1, *x.shape
-        if total == batch * self.length:
+        if not self.padded:
             return x.view(batch, self.length, hidden)
         ends = self.cu_seqlens.numpy()
         skipped = self.length * np.arange(batch) - ends[:-1]

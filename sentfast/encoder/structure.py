@@ -1,84 +1,113 @@
-"""What a model looked like when it was examined, compared in few steps at every call.
-
-The comparisons run over flat lists inside the interpreter's own loops: a model of 12 layers has 200 parameters, and
-one query of a small model takes less time than a loop over them in Python.
-"""
+"""What a model looked like when it was examined, compared in few steps at every call."""
 
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sentfast import native
+from sentfast import private
+from sentfast.encoder import watch
 from sentfast.encoder.examine import inner_modules
+from sentfast.encoder.model_lookups import ModelLookups
+from sentfast.integrations.guards import MARK
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _hooks = itemgetter(*_HOOKS)
-_backward_hooks = itemgetter("_backward_hooks", "_backward_pre_hooks")
-_training = itemgetter("training")
+_backward_hooks = itemgetter(*_BACKWARD_HOOKS)
 _version = attrgetter("_version")
 _kind = attrgetter("dtype", "device")
 _requires_grad = attrgetter("requires_grad")
 
 
 class Structure:
-    """The modules of a model, their classes and parameters. Holds the parts of the model, never the model itself."""
+    """The modules of a model, all that their code looks up, and their modes. Never holds the model itself.
+
+    Attributes:
+        inner: the modules that the encoder stands for.
+        foreign: what code of somebody else was found among the names; "" for none.
+    """
 
     def __init__(self, model: nn.Module):
         self.inner = [module for _, module in inner_modules(model)]
-        self.spaces = [vars(module) for module in self.inner]
-        # Only tables that hold something: a child or parameter more is used by other code, which is seen by itself.
-        self.child_tables = [table for space in [vars(model), *self.spaces] if (table := space["_modules"])]
-        self.parameter_tables = [table for space in self.spaces if (table := space["_parameters"])]
-        self.children = list(chain.from_iterable(map(dict.values, self.child_tables)))
-        self.slots = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
-        self.parameters = [parameter for parameter in self.slots if parameter is not None]
-        self.sizes = list(map(len, self.spaces))
-        self.types = list(map(type, self.inner))
-        self.classes: list[Any] = [type(model), *set(self.types)]
-        self.forwards = [cls.forward for cls in self.classes]
-        self.kinds = list(map(_kind, self.parameters))
+        spaces = [vars(module) for module in self.inner]
+        self.parameters = [p for space in spaces for p in space["_parameters"].values() if p is not None]
+        self.buffers = [b for space in spaces for b in space["_buffers"].values() if b is not None]
+        self._spaces = spaces
+        self._forward, self._own = unmarked(type(model).forward), vars(model)
+        lookups = ModelLookups(model, self.inner)
+        self.foreign = lookups.foreign
+        self._names = watch.names(lookups)
+        self._forms = self._forms_now()
+        self._kinds = list(map(_kind, self.parameters))
+        self._modes = watch.modes(_modes(self.inner))
+        self._read_modes()
 
-    def same_parts(self) -> bool:
-        """The modules and parameters are the same objects."""
-        children = list(chain.from_iterable(map(dict.values, self.child_tables)))
-        slots = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
-        # Modules compare by identity, tensors must not be compared by `==`.
-        return children == self.children and len(slots) == len(self.slots) and all(map(is_, slots, self.slots))
-
-    def same_code(self) -> bool:
-        """No class was changed, no attribute such as ``forward`` was set on a module."""
-        return (
-            list(map(len, self.spaces)) == self.sizes
-            and list(map(type, self.inner)) == self.types
-            and [cls.forward for cls in self.classes] == self.forwards
-        )
+    def same(self, model: nn.Module) -> bool:
+        """The modules, their parameters, and everything else that their code looks up."""
+        own = vars(model) is self._own and unmarked(type(model).forward) is self._forward
+        return own and self._names.same()
 
     def same_kinds(self) -> bool:
-        """Dtypes and devices, for a model of which nothing else is known."""
-        return list(map(_kind, self.parameters)) == self.kinds
+        """Dtypes and devices."""
+        return list(map(_kind, self.parameters)) == self._kinds
+
+    def same_forms(self) -> bool:
+        """Sizes and strides."""
+        return self._forms_now() == self._forms
+
+    def _forms_now(self) -> list[tuple[Any, ...]]:
+        return [(x.layout, x.shape, x.stride() if x.layout == torch.strided else ()) for x in self.parameters]
 
     def hooked(self) -> bool:
         """Hooks on inner modules that may see or change what passes."""
-        return any(chain.from_iterable(map(_hooks, self.spaces))) and has_hooks(self.spaces)
+        self._renew_modes()
+        return self._hooked
 
     def hooked_backward(self) -> bool:
-        return any(chain.from_iterable(map(_backward_hooks, self.spaces)))
+        return any(chain.from_iterable(map(_backward_hooks, self._spaces)))
 
     def drops(self) -> bool:
-        """A Dropout in training mode, or a module that asks its Dropout for the probability while itself in it."""
-        if not any(map(_training, self.spaces)):
-            return False
-        dropouts = [module for module in self.inner if isinstance(module, nn.Dropout)]
-        asking = [module for module in self.inner if type(module).__module__.startswith("transformers.models.")]
-        return any(module.training for module in dropouts + asking) and any(module.p > 0 for module in dropouts)
+        """A Dropout in training mode, or a module that asks its Dropout for the probability while itself in it.
+
+        As :meth:`hooked` has found it, which is asked first.
+        """
+        return self._drops
 
     def requires_grad(self) -> bool:
         return any(map(_requires_grad, self.parameters))
+
+    def _renew_modes(self) -> None:
+        if not self._modes.same():
+            self._modes.renew()
+            self._read_modes()
+
+    def _read_modes(self) -> None:
+        self._hooked = any(chain.from_iterable(map(_hooks, self._spaces))) and has_hooks(self._spaces)
+        dropouts = [module for module in self.inner if isinstance(module, nn.Dropout)]
+        asking = [module for module in self.inner if type(module).__module__.startswith("transformers.models.")]
+        self._drops = any(module.training for module in dropouts + asking) and any(x.p > 0 for x in dropouts)
+
+
+def unmarked(function: Any) -> Any:
+    """The original of a function that was replaced by ours."""
+    while hasattr(function, MARK):
+        function = function.__wrapped__
+    return function
+
+
+def _modes(inner: list[nn.Module]) -> list[tuple[dict, Any, tuple[str, ...], Any]]:
+    """Modes and hooks of modules, which may change from call to call."""
+    tables: list[tuple[dict, Any, tuple[str, ...], Any]] = []
+    for module in inner:
+        space = vars(module)
+        tables.append((space, module, ("training", *_HOOKS, *(("p",) if isinstance(module, nn.Dropout) else ())), None))
+        tables += [(space[name], None, tuple(space[name]), True) for name in _HOOKS]
+    return tables
 
 
 # Modules of transformers whose hooks change nothing: one records outputs only when asked to, the other asks for the
@@ -93,32 +122,39 @@ def has_hooks(spaces: list[dict[str, Any]]) -> bool:
 
 
 class State:
-    """The memory of a model's parameters: where it is, and what tells whether it was written to."""
+    """The memory of a model's tensors: where and how they lie, and every byte of the buffers."""
 
-    def __init__(self, parameters: list[Tensor]):
-        self.parameters = parameters
-        # Tensors made in inference mode count no versions.
-        self.counted = [parameter for parameter in parameters if not parameter.is_inference()]
-        self.bytes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-        self.pointers = list(map(Tensor.data_ptr, parameters))
-        self.versions = list(map(_version, self.counted))
-        self.readable = all(parameter.is_cpu for parameter in parameters)
-        self.print = self._fingerprint(self.pointers)
+    def __init__(self, parameters: list[Tensor], buffers: list[Tensor]):
+        self._places = watch.Places([*parameters, *buffers])
+        self._buffer_places = watch.Places(buffers)
+        # What is compared must not be freed meanwhile, whatever the model holds by then.
+        self._kept = [x.detach() for x in (*parameters, *buffers)]
+        self._buffers = watch.bytes_of([x for x in buffers if x.is_cpu and x.is_contiguous()])
+        self._written = Versions([x for x in buffers if not x.is_cpu])
 
-    def current(self) -> bool:
-        pointers = list(map(Tensor.data_ptr, self.parameters))
-        return (
-            pointers == self.pointers
-            and list(map(_version, self.counted)) == self.versions
-            and self._fingerprint(pointers) == self.print
-        )
+    def same(self) -> bool:
+        """All of it."""
+        return self._places.same() and self._same_bytes()
 
-    def _fingerprint(self, pointers: list[int]) -> int:
-        """Hash of a few words of each tensor: writing through ``.data`` changes neither address nor version."""
-        function = getattr(native.state.cpu, "fingerprint", None) if self.readable else None
-        return 0 if function is None else function(pointers, self.bytes)
+    def same_buffers(self) -> bool:
+        """Where they are, too: the old memory is kept, and looks the same when a buffer lies elsewhere now."""
+        return self._buffer_places.same() and self._same_bytes()
+
+    def _same_bytes(self) -> bool:
+        return self._buffers.same(1.0) and self._written.same()
+
+
+class Versions:
+    """How often tensors were written to, as far as PyTorch counts it: not in inference mode, not through ``.data``."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._before = list(map(_version, self._counted))
+
+    def same(self) -> bool:
+        return list(map(_version, self._counted)) == self._before
 
 
 def global_hooks() -> bool:
     """Hooks on every module of the process, as profilers set them."""
-    return torch.nn.modules.module._has_any_global_hook()
+    return private.any_global_hook()

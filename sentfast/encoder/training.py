@@ -7,18 +7,19 @@ parameters, their hooks, DistributedDataParallel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from sentfast.encoder import adapters
 from sentfast.encoder.examine import LayerParts, Parts
 from sentfast.ops.attention import varlen_attention_qkvpacked
 from sentfast.ops.layers import Normed, bias_activation, dropout, normed
-from sentfast.ops.linear import activation_linear, linear, norm_linear
+from sentfast.ops.linear import activation_linear, linear, norm_linear, side_by_side
+from sentfast.ops.seeds import draws, seed_of
 from sentfast.reference import ACTIVATIONS
 
 # Uses of one seed in a layer; the embeddings' comes before those of the first.
@@ -28,7 +29,10 @@ _ADAPTERS, _ADAPTERS_OF_LAYER = 1 << 16, 64
 
 
 class _Batch(NamedTuple):
-    """What every layer is told. angles: of global and of local layers, [T, d / 2] cosines and sines."""
+    """What every layer is told.
+
+    angles: of global and of local layers, [T, d / 2] cosines and sines; visible: as for :func:`token_embeddings`.
+    """
 
     parts: Parts
     cu_seqlens: Tensor
@@ -36,6 +40,7 @@ class _Batch(NamedTuple):
     seed: int
     bias: Tensor | None
     angles: tuple[tuple[Tensor, Tensor], ...]
+    visible: Tensor | None
 
 
 def token_embeddings(
@@ -45,6 +50,7 @@ def token_embeddings(
     longest: int,
     token_type_ids: Tensor | None,
     position_ids: Tensor,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """[T, H] of packed sequences, differentiable in every parameter.
 
@@ -52,11 +58,13 @@ def token_embeddings(
         parts: of the model.
         input_ids, position_ids: integers [T] on the device of the model; token_type_ids likewise, None: all 0.
         cu_seqlens: int32 [B + 1] there; longest: length of the longest sequence.
+        visible: bool [B, longest] there, for sequences that all have that length: the tokens that are seen by others.
     """
-    # One seed per call, from the generator whose state checkpoints and cached gradients restore: that of the CPU, also
-    # for a GPU, which nobody has to wait for then.
-    seed = int(torch.randint(2**63 - 1, ()))
-    batch = _Batch(parts, cu_seqlens, longest, seed, position_bias(parts, longest), _angles(parts, position_ids))
+    # One seed per call that drops something, from the generator whose state checkpoints and cached gradients restore:
+    # that of the CPU, also for a GPU, which nobody has to wait for then.
+    seed = seed_of(next(filter(draws, _rates(parts)), 0.0), None)
+    bias, angles = position_bias(parts, longest), _angles(parts, position_ids)
+    batch = _Batch(parts, cu_seqlens, longest, seed, bias, angles, visible)
     x = Normed(_embed(batch, input_ids, token_type_ids, position_ids))
     for i, layer in enumerate(parts.layers):
         if getattr(layer.module, "gradient_checkpointing", False) and layer.module.training:
@@ -135,6 +143,8 @@ def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
     if batch.angles:
         cosines, sines = batch.angles[int(window >= 0)]
         qkv = torch.cat([rotate(qkv[:, :2], cosines.unsqueeze(1), sines.unsqueeze(1)), qkv[:, 2:]], dim=1)
+    if batch.visible is not None:
+        return _linear(batch, layer.output, Normed(_attend_visible(batch, layer, qkv, window)))
     context = varlen_attention_qkvpacked(
         qkv,
         batch.cu_seqlens,
@@ -146,6 +156,23 @@ def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
         stream=_stream(index, _ATTENTION),
     )
     return _linear(batch, layer.output, Normed(context.flatten(1)))
+
+
+def _attend_visible(batch: _Batch, layer: LayerParts, qkv: Tensor, window: int) -> Tensor:
+    """[T, H]: every row of the padded batch sees the visible ones, by PyTorch's attention."""
+    assert batch.visible is not None
+    (count, length), heads = batch.visible.shape, qkv.shape[2]
+    q, k, v = qkv.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    seen = batch.visible[:, None, None, :]
+    place = torch.arange(length, device=qkv.device)
+    distance = place - place.unsqueeze(1)
+    if window >= 0:
+        seen = seen & (distance.abs() <= window)
+    if batch.bias is not None:
+        bias = batch.bias[:, distance + length - 1].to(q.dtype)
+        seen = torch.where(seen, bias, float("-inf"))
+    context = scaled_dot_product_attention(q, k, v, seen, attention_rate(layer))
+    return context.transpose(1, 2).reshape(count * length, -1)
 
 
 def _linear(batch: _Batch, module: Any, x: Normed) -> Tensor:
@@ -171,10 +198,10 @@ def _side_by_side(layer: LayerParts) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of query, key and value: one product of a larger size runs faster than three."""
     if len(layer.qkv) == 1:
         return layer.qkv[0].weight, layer.qkv[0].bias
-    weight = torch.cat(tuple(x.weight for x in layer.qkv))
+    weight = side_by_side(*(x.weight for x in layer.qkv))
     if all(x.bias is None for x in layer.qkv):
         return weight, None
-    return weight, torch.cat(tuple(weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in layer.qkv))
+    return weight, side_by_side(*(weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in layer.qkv))
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -206,6 +233,16 @@ def attention_rate(layer: LayerParts) -> float:
     found = layer.dropouts.attention
     p = found.p if isinstance(found, nn.Dropout) else found
     return float(p) if layer.dropouts.attention_module.training else 0.0
+
+
+def _rates(parts: Parts) -> Iterator[float]:
+    """Of every dropout of a forward pass."""
+    yield rate(parts.embedding_dropout)
+    for layer in parts.layers:
+        yield attention_rate(layer)
+        yield from map(rate, (layer.dropouts.output, layer.dropouts.gate, layer.dropouts.feed_forward))
+    for module in parts.adapted:
+        yield from (rate(term.dropout) for term in adapters.terms(module) or ())
 
 
 def _stream(index: int, use: int) -> int:

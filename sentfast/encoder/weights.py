@@ -1,71 +1,159 @@
 """The operator's `weights` list, made of the model's own parameters.
 
-Tables, norms and biases in the right dtype are the parameters themselves, and so are the matrices of a large model in
-float32. Only other matrices are copied, into panels, and those that adapters add to.
+Tables, norms and biases in the right dtype are the parameters themselves, and so are all matrices in float32. What has
+to be copied, joined or computed is made of snapshots, and their bytes tell whether it still holds: whoever writes to a
+parameter meanwhile is seen afterwards, even if he takes it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sentfast.encoder import adapters
+from sentfast.encoder import adapters, watch
 from sentfast.encoder.examine import LayerParts, Parts
+from sentfast.encoder.structure import Versions
 from sentfast.ops.encoder import pack_panels
 from sentfast.reference import PANEL, Embedding, Layer
 
-# From so many bytes on, float32 matrices stay where they are. Panels make a batch about 3% and a single query 5 to 15%
-# faster, which is not worth a second copy of a large model.
-LARGE = 64 << 20
 
-Matrix = Callable[[Sequence[Tensor]], Tensor]
+class Sources:
+    """Parameters that copies are made of, and the bytes that they had then.
 
-
-def _matrices(parts: Parts) -> list[Tensor]:
-    matrices = [linear.weight for layer in parts.layers for linear in (*layer.qkv, layer.output, layer.up, layer.down)]
-    return matrices + ([] if parts.projection is None else [parts.projection.weight])
-
-
-def can_stay(parts: Parts, compute_dtype: torch.dtype) -> bool:
-    """Whether the products can read the matrices where they are."""
-    plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in _matrices(parts))
-    return plain and compute_dtype == torch.float32
-
-
-def large(parts: Parts) -> bool:
-    return sum(x.nbytes for x in _matrices(parts)) >= LARGE
-
-
-def pack(parts: Parts, compute_dtype: torch.dtype, small_too: bool = False) -> list[Tensor]:
-    """compute_dtype: float32 or bfloat16, in which the products are computed.
-
-    small_too: the matrices of a small model stay where they are as well.
+    Attributes:
+        tensors: the parameters, kept alive, since their bytes are looked at.
+        bytes: compares them with what the snapshots were.
     """
-    stays = can_stay(parts, compute_dtype) and (small_too or large(parts))
-    matrix: Matrix = _itself if stays else partial(panels, dtype=compute_dtype)
-    head = Embedding(
-        positions=_table(parts.positions),
-        token_types=_table(parts.token_types),
-        norm_weight=_float(parts.embedding_norm.weight),
-        norm_bias=_float(parts.embedding_norm.bias),
-        projection_weight=_empty() if parts.projection is None else matrix([adapters.weight(parts.projection)]),
-        projection_bias=_empty() if parts.projection is None else _bias([parts.projection], always=True),
-        attention_bias=_attention_bias(parts),
-        rotary=_rotary(parts),
-        final_norm_weight=_empty() if parts.final_norm is None else _float(parts.final_norm.weight),
-        final_norm_bias=_empty() if parts.final_norm is None else _float(parts.final_norm.bias),
-    )
-    weights = list(head)
-    for layer in parts.layers:
-        weights += _layer(layer, matrix, stays)
-    return weights
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.bytes = watch.bytes_of([])
+
+    def snapshot(self, x: Tensor) -> Tensor:
+        x = x.detach()
+        copied = x.clone(memory_format=torch.contiguous_format)
+        if x.numel():
+            self.tensors.append(x)
+            self.bytes.add(x.data_ptr(), x.numel() * x.element_size(), copied.data_ptr())
+        return copied
 
 
-def _itself(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0].detach()
+class Weights(NamedTuple):
+    """tensors: the operator's list. small, large: what copies in it are made of, large are matrices."""
+
+    tensors: list[Tensor]
+    small: Sources
+    large: Sources
+    written: Versions
+
+
+def linears_of(parts: Parts) -> list[nn.Linear]:
+    found = [linear for layer in parts.layers for linear in (*layer.qkv, layer.output, layer.up, layer.down)]
+    return found + ([] if parts.projection is None else [parts.projection])
+
+
+def parameters_of(parts: Parts) -> list[Tensor]:
+    """Everything that the encoder reads."""
+    modules: list[nn.Module | None] = [parts.words, parts.positions, parts.token_types, *_norms(parts)]
+    modules += linears_of(parts) + ([] if parts.bias is None else [parts.bias.relative_attention_bias])
+    return [x for module in modules if module is not None for x in module.parameters()]
+
+
+def pack(parts: Parts, compute_dtype: torch.dtype) -> Weights:
+    """compute_dtype: float32 or bfloat16, in which the products are computed."""
+    stays = parts.dtype == compute_dtype == torch.float32
+    # From before the work, as the snapshots are taken after it.
+    written = Versions([] if stays else [linear.weight.detach() for linear in linears_of(parts)])
+    packer = _Packer(stays, compute_dtype)
+    return Weights(packer.tensors(parts), packer.small, packer.large, written)
+
+
+def _norms(parts: Parts) -> list[nn.LayerNorm | None]:
+    layers = [norm for layer in parts.layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
+    return [parts.embedding_norm, parts.final_norm, *layers]
+
+
+class _Packer:
+    """stays: matrices are read where the model has them."""
+
+    def __init__(self, stays: bool, dtype: torch.dtype):
+        self._stays, self._dtype = stays, dtype
+        self.small, self.large = Sources(), Sources()
+
+    def tensors(self, parts: Parts) -> list[Tensor]:
+        projection, final = parts.projection, parts.final_norm
+        head = Embedding(
+            positions=_table(parts.positions),
+            token_types=_table(parts.token_types),
+            norm_weight=self._float(parts.embedding_norm.weight),
+            norm_bias=self._float(parts.embedding_norm.bias),
+            projection_weight=_empty() if projection is None else self._matrix([projection]),
+            projection_bias=_empty() if projection is None else self._bias([projection], always=True),
+            attention_bias=self._attention_bias(parts),
+            rotary=_rotary(parts),
+            final_norm_weight=_empty() if final is None else self._float(final.weight),
+            final_norm_bias=_empty() if final is None else self._float(final.bias),
+        )
+        weights = list(head)
+        for layer in parts.layers:
+            weights += self._layer(layer)
+        return weights
+
+    def _layer(self, layer: LayerParts) -> Layer:
+        first, second = layer.attention_norm, layer.feed_forward_norm
+        apart = self._stays and len(layer.qkv) > 1  # key and value, which panels hold below the query
+        query, key, value = layer.qkv if apart else (None, None, None)
+        return Layer(
+            qkv_weight=self._matrix(layer.qkv if query is None else [query]),
+            key_weight=_empty() if key is None else self._matrix([key]),
+            value_weight=_empty() if value is None else self._matrix([value]),
+            qkv_bias=self._bias(layer.qkv),
+            output_weight=self._matrix([layer.output]),
+            output_bias=self._bias([layer.output]),
+            attention_norm_weight=_empty() if first is None else self._float(first.weight),
+            attention_norm_bias=_empty() if first is None else self._float(first.bias),
+            up_weight=self._matrix([layer.up]),
+            up_bias=self._bias([layer.up]),
+            down_weight=self._matrix([layer.down]),
+            down_bias=self._bias([layer.down]),
+            feed_forward_norm_weight=self._float(second.weight),
+            feed_forward_norm_bias=self._float(second.bias),
+        )
+
+    def _matrix(self, linears: Sequence[nn.Linear]) -> Tensor:
+        if not self._stays:
+            return panels([adapters.weight(x, self.large.snapshot, self.small.snapshot) for x in linears], self._dtype)
+        (linear,) = linears
+        plain = type(linear) is nn.Linear
+        return linear.weight.detach() if plain else adapters.weight(linear, self.small.snapshot, self.small.snapshot)
+
+    def _float(self, parameter: Tensor | None) -> Tensor:
+        if parameter is None:
+            return _empty()
+        if parameter.dtype == torch.float32 and parameter.is_contiguous():
+            return parameter.detach()
+        return self.small.snapshot(parameter).float()
+
+    def _bias(self, linears: Sequence[nn.Linear], always: bool = False) -> Tensor:
+        """Side by side, zeros for one that has none; empty if none has one, unless it must be there."""
+        if len(linears) == 1 and linears[0].bias is not None:
+            return self._float(linears[0].bias)
+        if not always and all(linear.bias is None for linear in linears):
+            return _empty()
+        rows = (torch.zeros(x.out_features) if x.bias is None else self.small.snapshot(x.bias) for x in linears)
+        return torch.cat([row.float() for row in rows])
+
+    def _attention_bias(self, parts: Parts) -> Tensor:
+        """[heads, 2 * R - 1] for sequences of up to R tokens, by the model's own rule of buckets."""
+        if parts.bias is None:
+            return _empty()
+        longest = parts.length - parts.position_offset
+        distance = torch.arange(1 - longest, longest)
+        table = self.small.snapshot(parts.bias.relative_attention_bias.weight).float()
+        return table[parts.bias.relative_position_bucket(distance)].t().contiguous()
 
 
 def panels(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -76,58 +164,12 @@ def panels(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return pack_panels(pieces[0], pieces[1:], dtype == torch.bfloat16)
 
 
-def _layer(layer: LayerParts, matrix: Matrix, stays: bool) -> Layer:
-    first, second = layer.attention_norm, layer.feed_forward_norm
-    query, *others = map(adapters.weight, layer.qkv)
-    apart = stays and bool(others)  # key and value, which panels hold below the query
-    return Layer(
-        qkv_weight=matrix([query, *others]),
-        key_weight=matrix(others[:1]) if apart else _empty(),
-        value_weight=matrix(others[1:]) if apart else _empty(),
-        qkv_bias=_bias(layer.qkv),
-        output_weight=matrix([adapters.weight(layer.output)]),
-        output_bias=_bias([layer.output]),
-        attention_norm_weight=_empty() if first is None else _float(first.weight),
-        attention_norm_bias=_empty() if first is None else _float(first.bias),
-        up_weight=matrix([adapters.weight(layer.up)]),
-        up_bias=_bias([layer.up]),
-        down_weight=matrix([adapters.weight(layer.down)]),
-        down_bias=_bias([layer.down]),
-        feed_forward_norm_weight=_float(second.weight),
-        feed_forward_norm_bias=_float(second.bias),
-    )
-
-
 def _empty() -> Tensor:
     return torch.empty(0)
 
 
 def _table(embedding: nn.Embedding | None) -> Tensor:
     return _empty() if embedding is None else embedding.weight.detach().contiguous()
-
-
-def _float(parameter: Tensor | None) -> Tensor:
-    return _empty() if parameter is None else parameter.detach().float().contiguous()
-
-
-def _bias(linears: Sequence[nn.Linear], always: bool = False) -> Tensor:
-    """Side by side, zeros for one that has none; empty if none has one, unless it must be there."""
-    if len(linears) == 1 and linears[0].bias is not None:
-        return _float(linears[0].bias)
-    if not always and all(linear.bias is None for linear in linears):
-        return _empty()
-    zeros = [torch.zeros(linear.out_features) for linear in linears]
-    return torch.cat([_float(x.bias) if x.bias is not None else zero for x, zero in zip(linears, zeros, strict=True)])
-
-
-def _attention_bias(parts: Parts) -> Tensor:
-    """[heads, 2 * R - 1] for sequences of up to R tokens, by the model's own rule of buckets."""
-    if parts.bias is None:
-        return _empty()
-    longest = parts.length - parts.position_offset
-    distance = torch.arange(1 - longest, longest)
-    table = parts.bias.relative_attention_bias.weight.detach().float()
-    return table[parts.bias.relative_position_bucket(distance)].t().contiguous()
 
 
 def _rotary(parts: Parts) -> Tensor:

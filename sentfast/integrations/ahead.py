@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 _END = object()
+# Seconds after which a thread that waits for its reader looks whether the program has ended.
+_LOOK = 0.2
+# Seconds that a reader waits for the thread to end; it ends at the next place where it may be stopped anyway.
+_WAIT = 0.1
 
 
 class _Failure:
@@ -17,36 +21,44 @@ class _Failure:
         self.error = error
 
 
-def ahead(items: Iterable[Item], most: int = 1) -> Generator[Item, None, None]:
+def ahead(items: Iterable[Item | None], most: int = 1) -> Generator[Item, None, None]:
     """The same items, made in a thread that is at most `most` of them ahead.
 
-    Close the generator (``contextlib.closing``) to be sure that the thread has ended; an error of `items` is raised
-    here.
+    None among the items stands for a place where the thread may be stopped; the reader does not see it. Close the
+    generator (``contextlib.closing``) to stop the thread; an error of `items` is raised here.
     """
     made: queue.SimpleQueue[Any] = queue.SimpleQueue()
     permits = threading.Semaphore(most)
     stopped = threading.Event()
-
-    def work() -> None:
-        try:
-            for item in items:
-                made.put(item)
-                permits.acquire()
-                if stopped.is_set():
-                    return
-            made.put(_END)
-        except BaseException as error:  # also KeyboardInterrupt: the reader is the one to be interrupted
-            made.put(_Failure(error))
-
-    thread = threading.Thread(target=work, name="sentfast-ahead", daemon=True)
-    thread.start()
+    # Not a daemon: the interpreter waits for it at its end, and it looks whether that has come.
+    thread = threading.Thread(target=_work, args=(items, made, permits, stopped), name="sentfast-ahead", daemon=False)
     try:
+        thread.start()
         while (item := made.get()) is not _END:
             if isinstance(item, _Failure):
                 raise item.error
             permits.release()
             yield item
     finally:
+        # Whatever interrupts this, the thread ends.
         stopped.set()
         permits.release()
-        thread.join()
+        if thread.is_alive():
+            thread.join(_WAIT)
+
+
+def _work(
+    items: Iterable[Any], made: queue.SimpleQueue[Any], permits: threading.Semaphore, stopped: threading.Event
+) -> None:
+    try:
+        for item in items:
+            if item is not None:
+                made.put(item)
+                while not permits.acquire(timeout=_LOOK):
+                    if not threading.main_thread().is_alive():
+                        return
+            if stopped.is_set() or not threading.main_thread().is_alive():
+                return
+        made.put(_END)
+    except BaseException as error:  # whatever it is, the reader is the one to be told
+        made.put(_Failure(error))

@@ -7,7 +7,7 @@ run without padding; each batch goes to its rows of the one output.
 from __future__ import annotations
 
 import itertools
-import os
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
@@ -20,11 +20,12 @@ from torch import Tensor
 from sentfast import functional
 from sentfast.encoder import Composed
 from sentfast.encoder import device as devices
-from sentfast.integrations import pipeline, tokenize
+from sentfast.integrations import hidden_rows, pipeline, shells, tokenize
 from sentfast.integrations.ahead import ahead
 from sentfast.integrations.output import output_of
 from sentfast.integrations.pipeline import Pipeline
 from sentfast.integrations.versions import Version
+from sentfast.report import fallback
 
 # Tokens per batch: enough work for every thread, small enough for the caches and for memory.
 TOKENS = 8192
@@ -72,19 +73,6 @@ _call: ContextVar[tuple[Any, bool] | None] = ContextVar("sentfast_encode_call", 
 _BATCH_SIZE_POSITION = 4
 
 
-_used = False
-
-
-def _after_fork() -> None:
-    """PyTorch's threads do not outlive a fork, and a child would wait for them; as in a DataLoader, it runs on one."""
-    if _used:
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 @contextmanager
 def batch_size_noted(version: Version, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Around `encode`, `encode_query` and `encode_document`, which hand down 32 as if it had been asked for."""
@@ -93,16 +81,26 @@ def batch_size_noted(version: Version, *args: Any, **kwargs: Any) -> Iterator[No
     if outer is not None and outer[0] is model:
         yield
         return
-    token = _call.set((model, "batch_size" in kwargs or len(args) > _BATCH_SIZE_POSITION))
     try:
+        _call.set((model, "batch_size" in kwargs or len(args) > _BATCH_SIZE_POSITION))
         yield
     finally:
-        _call.reset(token)
+        _call.set(outer)
 
 
 def _most_rows(model: Any, batch_size: int) -> int:
     call = _call.get()
-    return _NO_LIMIT if call is not None and call[0] is model and not call[1] else batch_size
+    return _NO_LIMIT if call is not None and call[0] is model and not call[1] else operator.index(batch_size)
+
+
+def loop(version: Version, name: str, original: Callable, model: Any, inputs: list, **kwargs: Any) -> Any:
+    """The loop, or the original's."""
+    result = inference(version, model, inputs, **kwargs)
+    if not isinstance(result, str):
+        return result
+    fallback(name, result)
+    with hidden_rows.around_encode(version, **kwargs):
+        return original(model, inputs, **kwargs)
 
 
 def inference(
@@ -121,9 +119,8 @@ def inference(
     **kwargs: Any,
 ) -> Tensor | str:
     """The embeddings [N, D], or the reason code why the original loop has to run."""
-    global _used
-    _used = True
-    reason = _why_not_call(model, inputs, output_value, device, kwargs)
+    reason = _why_not_arguments(prompt, batch_size, truncate_dim)
+    reason = reason or _why_not_call(model, inputs, output_value, device, kwargs)
     if reason:
         return reason
     with torch.inference_mode():
@@ -140,9 +137,21 @@ def inference(
         else:
             plan = Plan(rows, TOKENS, _WINDOW, device)
         try:
-            return _run(tokenizer, inputs, plan, steps, batch_size if show_progress_bar else 0)
+            return _run(tokenizer, inputs, plan, steps, operator.index(batch_size) if show_progress_bar else 0)
         except _UnfitError as unfit:
             return unfit.args[0]
+        except shells.NoCopyError:
+            return "SF110"
+
+
+def _why_not_arguments(prompt: Any, batch_size: Any, truncate_dim: Any) -> str:
+    """Those that the original refuses, when it comes to use them."""
+    try:
+        operator.index(batch_size)
+        operator.index(0 if truncate_dim is None else truncate_dim)
+    except TypeError:
+        return "SF107"
+    return "" if isinstance(prompt, str | None) else "SF107"
 
 
 def _why_not_call(model: Any, inputs: list, output_value: str | None, device: Any, kwargs: dict[str, Any]) -> str:
@@ -151,7 +160,10 @@ def _why_not_call(model: Any, inputs: list, output_value: str | None, device: An
     if model._placement_is_delegated:
         return "SF103"
     if device is not None:
-        wanted = torch.device(device)
+        try:
+            wanted = torch.device(device)
+        except (TypeError, RuntimeError):
+            return "SF107"
         if wanted.type != "cpu" and not devices.composed(wanted):
             return "SF103"
         if wanted.type != "cpu" or model.device.type != "cpu":
@@ -213,14 +225,13 @@ def _run(
     if len(texts) <= min(_AT_ONCE, plan.rows) and not progress_step:
         tokens = tokenizer(texts)
         if len(texts) == 1 or tokens.lengths.sum() <= plan.tokens:
-            x = steps(_whole(tokens))
+            x = _compact(steps(_whole(tokens)))
             return x.cpu() if plan.fetched else x
-        windows: Iterator[tuple[int, tokenize.Tokens]] = iter([(0, tokens)])
-        return _fill(len(texts), windows, plan, steps, _no_progress)
+        return _fill(len(texts), iter([(0, tokens)]), plan, steps, _no_progress)
     windows = tokenizer.windows(texts, itertools.chain([_FIRST_WINDOW], itertools.repeat(plan.window)))
     with _progress(len(texts), progress_step) as advance:
         if len(texts) <= _AT_ONCE:
-            return _fill(len(texts), windows, plan, steps, advance)
+            return _fill(len(texts), filter(None, windows), plan, steps, advance)
         with closing(ahead(windows)) as windows:
             return _fill(len(texts), windows, plan, steps, advance)
 
@@ -239,6 +250,11 @@ def _fill(
             output.put(batch.rows, steps(batch))
             advance(len(batch.rows))
     return output.result()
+
+
+def _compact(x: Tensor) -> Tensor:
+    """In memory of its own: truncated embeddings are part of longer ones."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
 def _whole(tokens: tokenize.Tokens) -> Batch:

@@ -10,6 +10,7 @@ make.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -18,9 +19,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sentfast import functional, registry
-from sentfast.integrations import guards
+from sentfast import functional, private, registry
+from sentfast.integrations import guards, originals
 from sentfast.integrations.versions import Version
+from sentfast.report import fallback
 
 _SIMILARITY = "sentence_transformers.util.similarity"
 _SIMILARITIES: dict[str, Literal["cosine", "dot"]] = {
@@ -31,6 +33,8 @@ _SIMILARITIES: dict[str, Literal["cosine", "dot"]] = {
 # Two texts may be equal, and then equally near: a difference in the last digits is none.
 _TIE = 4 * torch.finfo(torch.float32).eps
 _SYMMETRIC = ("query_to_doc", "doc_to_query")
+# Of PyTorch, which losses call.
+MODULES = (nn.CrossEntropyLoss, nn.CosineSimilarity)
 
 
 class Prefixes(NamedTuple):
@@ -41,11 +45,12 @@ class Prefixes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A method of a loss, and what runs in its place."""
+    """A method of a loss, and what runs in its place: `with_prefixes` for several prefixes of the embeddings."""
 
     loss: str
     method: str
-    replacement: Callable
+    with_prefixes: Callable
+    replacement: Callable | None = None  # None: the same
 
 
 def steps(version: Version) -> tuple[Step, ...]:
@@ -56,7 +61,7 @@ def steps(version: Version) -> tuple[Step, ...]:
         Step("CachedGISTEmbedLoss", "calculate_loss", cached_guided_loss),
     ]
     if version.guided_forward:
-        found.append(Step("GISTEmbedLoss", "forward", guided_loss))
+        found.append(Step("GISTEmbedLoss", "forward", guided_loss, guided_forward))
     if version.symmetric_class:
         name = "MultipleNegativesSymmetricRankingLoss"
         found.append(Step(name, "compute_loss_from_embeddings", symmetric_ranking_loss))
@@ -122,9 +127,10 @@ def _ranking(version: Version, loss: Any, columns: Any, directions: Any, prefixe
     if everyone is not None:
         queries = everyone[offset : offset + count]
     directions = ("query_to_doc",) if directions is None else tuple(directions)
+    # Copies, as the original makes them: its callers may change the embeddings before the backward pass.
     value = functional.contrastive_loss(
-        queries,
-        torch.cat(documents) if len(documents) > 1 else documents[0],
+        queries.clone(),
+        torch.cat(documents),
         all_queries=everyone if {"query_to_query", "doc_to_query"} & set(directions) else None,
         offset=offset,
         positives=len(documents[0]),
@@ -143,22 +149,55 @@ def _partition(loss: Any, directions: tuple) -> Literal["joint", "per_direction"
     return getattr(loss, "partition_mode", "per_direction" if directions == _SYMMETRIC else "joint")
 
 
-def guided_loss(
-    version: Version, loss: Any, sentence_features: Any, labels: Any, prefixes: Prefixes | None = None
+def guided_forward(
+    version: Version, name: str, original: Callable, loss: Any, sentence_features: Any, labels: Any
 ) -> Tensor | str:
     """GISTEmbedLoss, whose ``forward`` is one piece: from texts to loss."""
-    sentence_features = list(sentence_features)
+    reason = _guided_reason(version, loss) or _runs_on(loss.model)
+    if reason:
+        return reason
+    columns = list(sentence_features)
+    if len(columns) not in (2, 3):
+        fallback(name, "SF107")
+        return original(loss, columns, labels)
+    embeddings, guided = _with_guide(version, loss, columns)
+    reason = _columns(embeddings) or _columns(guided)
+    if reason:
+        fallback(name, reason)
+        return _rest_of(original, loss, embeddings, guided, labels)
+    return _guided(loss, embeddings, guided, None)
+
+
+def _rest_of(original: Callable, loss: Any, embeddings: list, guided: list, labels: Any) -> Tensor:
+    """What the original makes of embeddings; running model and guide again would draw other dropout."""
+    twin = copy.copy(loss)
+    vars(twin)["_modules"] = {name: x for name, x in loss._modules.items() if name not in ("model", "guide")}
+    twin.must_retokenize = False
+    twin.model = lambda features: {"sentence_embedding": features["embedding"]}
+    twin.guide = lambda features: {"sentence_embedding": features["guided"]}
+    columns = [{"embedding": x, "guided": y} for x, y in zip(embeddings, guided, strict=True)]
+    return original(twin, columns, labels)
+
+
+def guided_loss(
+    version: Version, loss: Any, sentence_features: list, labels: Any, prefixes: Prefixes | None = None
+) -> Tensor | str:
+    """:func:`guided_forward` with prefixes."""
     reason = _guided_reason(version, loss) or _runs_on(loss.model)
     if reason or len(sentence_features) not in (2, 3):
         return reason or "SF107"
+    embeddings, guided = _with_guide(version, loss, sentence_features)
+    return _columns(embeddings, prefixes) or _columns(guided) or _guided(loss, embeddings, guided, prefixes)
+
+
+def _with_guide(version: Version, loss: Any, sentence_features: list) -> tuple[list[Tensor], list[Tensor]]:
     # From 6.0 on the guide gets the features as they were; before, with what the model has written into them.
     guide_features = [dict(features) for features in sentence_features] if version.embed_columns else sentence_features
     embeddings = embed_columns(version, loss.model, sentence_features)
     with torch.no_grad():
         if loss.must_retokenize:
             guide_features = [_for_the_guide(loss, features) for features in sentence_features]
-        guided = embed_columns(version, loss.guide, guide_features)
-    return _guided(loss, embeddings, guided, prefixes)
+        return embeddings, embed_columns(version, loss.guide, guide_features)
 
 
 def cached_guided_loss(
@@ -227,6 +266,8 @@ def _guided_reason(version: Version, loss: Any) -> str:
     function = loss.similarity_fct
     if type(function) is not nn.CosineSimilarity or (function.dim, function.eps) != (-1, 1e-8):
         return "SF101"
+    if reason := _changed(function):
+        return reason
     if "sim_matrix" in vars(loss) or type(loss).sim_matrix.__module__ != _module_of(version, loss):
         return "SF110"
     if not loss.temperature > 0:
@@ -244,7 +285,7 @@ def _module_of(version: Version, loss: Any) -> str:
 
 def _runs_on(model: Any) -> str:
     """The reason that its embeddings would give, known before they are made."""
-    first = next(model.parameters(), None)
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if first is None:
         return ""
     return guards.device(first.device.type) or ("" if first.dtype in registry.KERNEL_DTYPES else "SF102")
@@ -276,7 +317,7 @@ def _similarity(function: Any) -> Literal["", "cosine", "dot"]:
     module = importlib.import_module(_SIMILARITY)
     for name, ours in _SIMILARITIES.items():
         if function is getattr(module, name, None) and function is not None:
-            return ours
+            return ours if originals.intact(function) else ""
     return ""
 
 
@@ -287,7 +328,17 @@ def _plain_cross_entropy(loss: Any) -> str:
         return ""
     plain = type(function) is nn.CrossEntropyLoss and function.weight is None
     settings = (function.reduction, function.label_smoothing, function.ignore_index) if plain else None
-    return "" if settings == ("mean", 0.0, -100) else "SF101"
+    return _changed(function) if settings == ("mean", 0.0, -100) else "SF101"
+
+
+def _changed(module: nn.Module) -> str:
+    """Somebody has put a function into this one module of PyTorch, or listens to it."""
+    if not vars(module).keys().isdisjoint(("forward", "__call__")):
+        return "SF110"
+    listened = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+    return "SF120" if listened or private.any_global_hook() else ""
 
 
 def _scale(scale: Any, queries: Tensor) -> str:

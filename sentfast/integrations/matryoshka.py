@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sentfast.integrations import losses
+from sentfast import private
+from sentfast.encoder.structure import unmarked
+from sentfast.integrations import losses, originals
 from sentfast.integrations.losses import Prefixes
 from sentfast.integrations.versions import Version
 
@@ -33,7 +35,7 @@ def cached_matryoshka_loss(
 ) -> Tensor:
     """What a cached loss calls in place of its ``calculate_loss``."""
     function, state = decorator.fn, random.getstate()
-    step = _step(version, getattr(function, "__func__", None))
+    step = _step(version, getattr(function, "__func__", None), getattr(function, "__self__", None))
     if step is not None:
         value = step(version, function.__self__, reps, *args, prefixes=_prefixes(decorator), **kwargs)
         if not isinstance(value, str):
@@ -42,25 +44,54 @@ def cached_matryoshka_loss(
     return original(decorator, reps, *args, **kwargs)
 
 
-def _from_features(version: Version, loss: Any, sentence_features: list, labels: Any) -> Tensor | None:
-    """The sum over the lengths; None where the original has to make it."""
+class _Taken(NamedTuple):
+    """What runs in place of the inner loss; guided: from the features on, else from their embeddings."""
+
+    step: Callable
+    guided: bool
+
+
+def _taken(version: Version, loss: Any) -> _Taken | None:
+    """None where the original's loop has to run."""
     inner = loss.loss
+    if not all(isinstance(x, nn.Module) for x in (inner, loss.model)):
+        return None
     if getattr(inner, "model", None) is not loss.model or "forward" in vars(inner):
         return None
-    guided = _step(version, type(inner).forward)
+    guided = _step(version, type(inner).forward, inner)
     if guided is not None:
-        # Before 6.0 a guide writes over the embeddings of all lengths but the first; with dropout each has its own.
-        if version.embed_columns is None or _drops_out(inner.guide):
+        # Before 6.0 a guide writes over the embeddings of all lengths but the first; with dropout each has its own. One
+        # that runs the model itself gets what the loss makes of its output: one length.
+        if version.embed_columns is None or _drops_out(inner.guide) or loss.model in inner.guide.modules():
             return None
-        value = guided(version, inner, sentence_features, labels, prefixes=_prefixes(loss))
-        return None if isinstance(value, str) else value
-    ranking = _step(version, getattr(type(inner), "compute_loss_from_embeddings", None))
+        return _Taken(guided, True)
+    ranking = _step(version, getattr(type(inner), "compute_loss_from_embeddings", None), inner)
     if ranking is None or "compute_loss_from_embeddings" in vars(inner):
         return None
-    if type(inner).forward.__module__ != type(inner).compute_loss_from_embeddings.__module__:
+    same = type(inner).forward.__module__ == type(inner).compute_loss_from_embeddings.__module__
+    return _Taken(ranking, False) if same else None
+
+
+def takes(version: Version, loss: Any) -> bool:
+    """Whether a MatryoshkaLoss may run in one call."""
+    return _taken(version, loss) is not None
+
+
+def takes_step(version: Version, method: Any, loss: Any) -> bool:
+    """Whether a step of a cached loss may."""
+    return _step(version, method, loss) is not None
+
+
+def _from_features(version: Version, loss: Any, sentence_features: list, labels: Any) -> Tensor | None:
+    """The sum over the lengths; None where the original has to make it."""
+    taken, inner = _taken(version, loss), loss.loss
+    if taken is None:
         return None
+    if taken.guided:
+        value = taken.step(version, inner, sentence_features, labels, prefixes=_prefixes(loss))
+        return None if isinstance(value, str) else value
     embeddings, prefixes = losses.embed_columns(version, inner.model, sentence_features), _prefixes(loss)
-    value = ranking(version, inner, embeddings, labels, prefixes=prefixes)
+    value = taken.step(version, inner, embeddings, labels, prefixes=prefixes)
     return _one_by_one(version, inner, embeddings, labels, prefixes) if isinstance(value, str) else value
 
 
@@ -73,17 +104,20 @@ def _one_by_one(version: Version, inner: Any, embeddings: list[Tensor], labels: 
     return total
 
 
-def _step(version: Version, method: Any) -> Callable | None:
-    """What runs in place of a method, if it is one of sentence-transformers' own."""
+def _step(version: Version, method: Any, loss: Any) -> Callable | None:
+    """What runs in place of a loss's method, if it is one of sentence-transformers' own and does what it did."""
     for step in losses.steps(version):
         names = version.loss_module(step.loss), f"{step.loss}.{step.method}"
         if names == (getattr(method, "__module__", None), getattr(method, "__qualname__", None)):
-            return step.replacement
+            return None if originals.why_not(unmarked(method), (loss,)) else step.with_prefixes
     return None
 
 
-def _drops_out(guide: nn.Module) -> bool:
-    return any(isinstance(x, nn.modules.dropout._DropoutNd) and x.training and x.p > 0 for x in guide.modules())
+def _drops_out(guide: Any) -> bool:
+    """Of code of which nothing is known, too."""
+    if not isinstance(guide, nn.Module):
+        return True
+    return any(isinstance(x, private.AnyDropout) and x.training and x.p > 0 for x in guide.modules())
 
 
 def _prefixes(loss: Any) -> Prefixes:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sentfast import functional
-from sentfast.integrations import guards
+from sentfast.integrations import guards, layers
 from sentfast.integrations.versions import Version
 from sentfast.ops.pooling import MAX_MODES
 from sentfast.reference import POOLING_MODES
 
 # In the order in which the versions with one bool per mode put the results side by side.
-_MODE_FLAGS = (
+MODE_FLAGS = (
     ("pooling_mode_cls_token", "cls"),
     ("pooling_mode_max_tokens", "max"),
     ("pooling_mode_mean_tokens", "mean"),
@@ -34,18 +34,22 @@ _POOLING_STEPS = ("_forward_padded", "_forward_flattened", "_exclude_prompt_from
 
 def pooling_modes(version: Version, module: Any) -> tuple[str, ...]:
     if version.mode_flags:
-        return tuple(mode for flag, mode in _MODE_FLAGS if getattr(module, flag))
+        return tuple(mode for flag, mode in MODE_FLAGS if getattr(module, flag))
     modes = module.pooling_mode
     return (modes,) if isinstance(modes, str) else tuple(modes)
 
 
 def why_not_pooling(version: Version, module: Any, modes: tuple[str, ...]) -> str:
     """What can be said against this Pooling module before it has seen an input."""
+    if any(step in vars(module) for step in _POOLING_STEPS):
+        return "SF110"
     for cls in type(module).__mro__:
         if cls.__module__ == version.pooling:
             break
         if any(step in vars(cls) for step in _POOLING_STEPS):
             return "SF110"
+    if layers.any_foreign(type(module), _POOLING_STEPS):
+        return "SF110"
     if not 0 < len(modes) <= MAX_MODES or any(mode not in POOLING_MODES for mode in modes):
         return "SF107"
     # A slice of the input: nothing is faster.

@@ -6,25 +6,21 @@ import functools
 import importlib
 from operator import attrgetter
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from sentfast import functional
+from sentfast import functional, private, weak
 from sentfast.encoder import Composed, Encoder, choice, encoder_of
-from sentfast.integrations import guards, modules, tokenize
+from sentfast.integrations import guards, layers, modules, originals, tail_proof, tokenize
 from sentfast.integrations.versions import Version
 
 EMBEDDING = "sentence_embedding"
 
 # What the original loop calls; a subclass or an instance that has its own expects it to run.
 _MODEL_STEPS = ("__call__", "forward", "preprocess", "tokenize", "_can_flatten_inputs", "_resolve_inference_device")
-_TRANSFORMER_STEPS = ("forward", "preprocess", "tokenize", "_call_processor", "_get_prompt_length")
+_TRANSFORMER_STEPS = ("__call__", "forward", "preprocess", "tokenize", "_call_processor", "_get_prompt_length")
 
-# Activations whose vector and scalar code agree to the bit.
-_EXACT_ACTIVATIONS = (nn.Identity, nn.Tanh, nn.ReLU)
 _LANES = 16
 # From seven rows on, the order of a sum in our product does not depend on how many there are.
 _ROWS = 7
@@ -63,7 +59,7 @@ class Pipeline(NamedTuple):
 
     def run_tail(self, x: Tensor) -> Tensor:
         for module in self.tail:
-            if x.is_cpu and type(module) is self.classes.dense and _plain_dense(module):
+            if x.is_cpu and type(module) is self.classes.dense and _takes_product(module, x):
                 x = _dense(module, x)
             else:
                 x = module({EMBEDDING: x})[EMBEDDING]
@@ -86,6 +82,13 @@ def classes(version: Version) -> Classes:
     )
 
 
+@functools.cache
+def _original(version: Version) -> originals.Original:
+    """The loop of `encode`, and what it runs."""
+    known = classes(version)
+    return originals.Original([vars(known.model)["_inference"]], [kind for kind in (*known[:-1], *known.others)])
+
+
 def find(version: Version, model: Any) -> Pipeline | str:
     """The model as the fused path runs it, or the reason code why not."""
     known = classes(version)
@@ -93,6 +96,11 @@ def find(version: Version, model: Any) -> Pipeline | str:
     if len(children) < 2 or type(children[1]) is not known.pooling or not isinstance(children[0], known.transformer):
         return "SF101"
     transformer, pooling = children[:2]
+    whole = _original(version)
+    if reason := whole.why_not():
+        return reason
+    if whole.overridden(type(model), known.model) or whole.overridden(type(transformer), known.transformer):
+        return "SF110"
     if _overridden(model, known.model, _MODEL_STEPS) or _overridden(transformer, known.transformer, _TRANSFORMER_STEPS):
         return "SF110"
     if "forward" in vars(pooling) or not all(_ours(cls) for cls in (known.transformer, known.pooling, known.normalize)):
@@ -103,21 +111,24 @@ def find(version: Version, model: Any) -> Pipeline | str:
     if reason:
         return reason
     tail: tuple[Any, ...] = children[2:]
-    normalizes = bool(tail) and type(tail[0]) is known.normalize and not _hooked(tail[0]) and _in_place(tail[0])
+    normalizes = bool(tail) and type(tail[0]) is known.normalize and not _why_not_tail(known, tail[0])
     tail = tail[normalizes:]
-    for module in tail:
-        if type(module) not in (known.normalize, known.dense, *known.others) or not _in_place(module):
-            return "SF101"
+    reason = next(filter(None, (_why_not_tail(known, module) for module in tail)), "")
+    if reason:
+        return reason
     base = transformer.auto_model
+    if _listened_pooler(base):
+        return "SF120"
     found = encoder_of(base, choice.chosen(base) or "match")
     if isinstance(found, str):
         return found
-    return Pipeline(found, transformer, modes, not pooling.include_prompt, normalizes, tail, known)
+    pipeline = Pipeline(found, transformer, modes, not pooling.include_prompt, normalizes, tail, known)
+    return tail_proof.why_not(model, pipeline, whole.epoch) or pipeline
 
 
 def why_not_run(*parts: Any) -> str:
     """Nobody listens to these modules, and none is compiled."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or any(map(_hooked, parts)):
+    if private.any_global_forward_hook() or any(map(_hooked, parts)):
         return "SF120"
     return "SF115" if any(part._compiled_call_impl is not None for part in parts) else ""
 
@@ -148,16 +159,39 @@ def _overridden(module: Any, cls: type, steps: tuple[str, ...]) -> bool:
     if not vars(module).keys().isdisjoint(steps):
         return True
     found = type(module)
-    return found is not cls and any(getattr(found, step, None) is not getattr(cls, step, None) for step in steps)
+    if found is not cls and any(getattr(found, step, None) is not getattr(cls, step, None) for step in steps):
+        return True
+    return layers.any_foreign(cls, steps)
 
 
 def _ours(cls: type) -> bool:
-    """Its forward is still our replacement."""
-    return hasattr(vars(cls)["forward"], guards.MARK)
+    """Its forward is still our replacement, and called as in PyTorch."""
+    return hasattr(vars(cls)["forward"], guards.MARK) and not layers.foreign(cls.__call__)
 
 
 def _hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _listened_pooler(base: Any) -> bool:
+    """It makes nothing of what `encode` returns, but a hook on it is told the token embeddings and may change them."""
+    pooler = vars(base).get("_modules", {}).get("pooler")
+    return pooler is not None and any(map(_hooked, pooler.modules()))
+
+
+def _why_not_tail(known: Classes, module: Any) -> str:
+    """The module reads the sentence embedding and writes it, each row by itself, and nobody listens to it."""
+    cls = type(module)
+    if cls not in (known.normalize, known.dense, *known.others) or not _in_place(module):
+        return "SF101"
+    if cls is known.dense and type(module.activation_function) not in layers.ACTIVATIONS:
+        return "SF101"
+    parts = list(module.modules())
+    if any(type(part) not in layers.ROW_BY_ROW for part in parts[1:]):
+        return "SF101"
+    if any("forward" in vars(part) or layers.any_foreign(type(part), ("__call__", "forward")) for part in parts):
+        return "SF110"
+    return "SF120" if any(map(_hooked, parts)) else ""
 
 
 def _in_place(module: Any) -> bool:
@@ -166,13 +200,13 @@ def _in_place(module: Any) -> bool:
     return names.get("module_input_name", EMBEDDING) == names.get("module_output_name", EMBEDDING) == EMBEDDING
 
 
-def _plain_dense(module: Any) -> bool:
-    linear = module.linear
-    if type(linear) is not nn.Linear or "forward" in vars(linear) or "forward" in vars(module):
+def _takes_product(module: Any, x: Tensor) -> bool:
+    """Our product stands for the linear layer of a Dense; else the module runs as it is, which may be to raise."""
+    if type(module.linear) is not nn.Linear:
         return False
-    if _hooked(module) or _hooked(linear) or module.use_residual:
-        return False
-    return not guards.tensor(linear.weight)
+    weight = module.linear.weight
+    fits = not module.use_residual and x.shape[1] == weight.shape[1] and x.dtype == weight.dtype
+    return fits and not guards.tensor(weight)
 
 
 def _dense(module: Any, x: Tensor) -> Tensor:
@@ -187,7 +221,7 @@ def _dense(module: Any, x: Tensor) -> Tensor:
 
 def _activate(function: Any, x: Tensor) -> Tensor:
     """Row by row, whole vectors at a time, unless the scalar code at a vector's end gives the same bits anyway."""
-    if type(function) in _EXACT_ACTIVATIONS:
+    if type(function) in layers.EXACT_ACTIVATIONS:
         return function(x)
     width = x.shape[1]
     rows = nn.functional.pad(x, (0, -width % _LANES))
@@ -195,8 +229,8 @@ def _activate(function: Any, x: Tensor) -> Tensor:
 
 
 _training = attrgetter("training")
-# The modules below a model, with the encoder that tells whether they are still the same.
-_below: WeakKeyDictionary[nn.Module, tuple[Encoder | Composed, list[nn.Module]]] = WeakKeyDictionary()
+# The modules below a model, with what tells whether they are still the same: the encoder and the model's own modules.
+_below: weak.Table[tuple[Encoder | Composed, list[nn.Module], list[nn.Module]]] = weak.Table()
 
 
 def find_evaluated(version: Version, model: Any) -> Pipeline | str:
@@ -209,9 +243,10 @@ def find_evaluated(version: Version, model: Any) -> Pipeline | str:
         found = find(version, model)
     if isinstance(found, str):
         return found
-    below = _below.get(model)
-    if below is None or below[0] is not found.encoder:
-        below = _below[model] = found.encoder, list(model.modules())[1:]
-    if any(map(_training, below[1])):
+    below, children = _below.get(model), list(model._modules.values())
+    if below is None or below[0] is not found.encoder or list(map(id, below[1])) != list(map(id, children)):
+        below = found.encoder, children, list(model.modules())[1:]
+        _below[model] = below
+    if any(map(_training, below[2])) or any(part.training for module in found.tail for part in module.modules()):
         model.eval()
     return found

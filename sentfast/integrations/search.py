@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sentfast.integrations import guards
+from sentfast.integrations import gain, guards, originals
 from sentfast.integrations.pairs import BestPairs
 from sentfast.integrations.versions import Version
 from sentfast.search import segments
@@ -40,6 +40,8 @@ def semantic_search(
     reason, queries, corpus = operands(version, queries, corpus)
     if reason or not _counts(query_chunk, corpus_chunk, top_k):
         return reason or "SF107"
+    if gain.semantic_search(queries, corpus):
+        return gain.TOO_SMALL
     found = segments.topk(_packed(corpus, len(queries)), queries, min(top_k, len(corpus)), metric)
     scores, indices, stats = found
     if stats.nans:
@@ -59,6 +61,8 @@ def paraphrase_mining_embeddings(
     reason, rows = _rows(version, embeddings)
     if reason or not _counts(query_chunk, corpus_chunk, max_pairs, top_k):
         return reason or "SF107"
+    if gain.mining(rows):
+        return gain.TOO_SMALL
     # Up to 6.1, each row gets its top_k from each chunk of the corpus.
     width = len(rows) if version.pairs_once else corpus_chunk
     chunks = [
@@ -111,6 +115,8 @@ def community_detection(
     plain = isinstance(threshold, (int, float)) and not math.isnan(threshold)
     if reason or not plain or not _counts(min_community_size, batch_size):
         return reason or "SF107"
+    if gain.mining(rows):
+        return gain.TOO_SMALL
     if len(rows) < min_community_size:
         if version.pairs_once:
             return []
@@ -164,13 +170,16 @@ def metric_of(function: Any) -> str:
     if model is not None and getattr(function, "__name__", "") == "similarity":
         return _metric_of_model(model, function)
     functions = vars(importlib.import_module(_SIMILARITY))
-    return next((metric for name, metric in _METRICS.items() if function is functions.get(name)), "")
+    found = next((metric for name, metric in _METRICS.items() if function is functions.get(name)), "")
+    return found if found and originals.intact(function) else ""
 
 
 def _metric_of_model(model: Any, function: Any) -> str:
     """Since 6.0 `similarity` is a method; a model that overrides it has a function of its own."""
     cls = importlib.import_module("sentence_transformers").SentenceTransformer
     if not isinstance(model, cls) or function.__func__ is not vars(cls).get("similarity"):
+        return ""
+    if not originals.intact(function.__func__):
         return ""
     _ = model.similarity_fn_name  # sets the function if none was chosen
     return metric_of(model._similarity)
@@ -194,7 +203,7 @@ def _rows(version: Version, x: Any, dtype: torch.dtype | None = None, vector: bo
         x = version.to_tensor(x)
     elif isinstance(x, list) and x and all(type(row) is Tensor and row.shape == x[0].shape for row in x):
         x = torch.stack(x)
-    reason = guards.tensor(x)
+    reason = guards.tensor(x) or guards.tensor_cores(x.device.type)
     if reason:
         return reason, x
     if dtype is not None and x.dtype != dtype:

@@ -14,20 +14,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from sentfast import private
 from sentfast.integrations import (
     evaluation,
+    hidden_rows,
     losses,
     mark,
     matryoshka,
     modules,
+    originals,
+    proofs,
     search,
     similarity,
     trampolines,
     workers,
 )
-from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, prepared, rewritten, with_original, within
+from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, rewritten, with_original, within
 from sentfast.integrations.versions import TESTED, Version, find, tested
-from sentfast.report import fallback, logger
+from sentfast.report import fallback, warn
 from sentfast.switch import Site
 
 _SIMILARITY = "sentence_transformers.util.similarity"
@@ -38,18 +42,23 @@ _MERGED = "sentence_transformers.base.losses.merged_forward"
 
 
 class Row(NamedTuple):
-    """owner: a module for a function, module and class for a method. wrap: makes the replacement (``guards.py``)."""
+    """owner: a module for a function, module and class for a method. wrap: makes the replacement (``guards.py``).
+
+    checked: what the original looks up is compared here; else the replacement sees to it.
+    """
 
     owner: str
     attribute: str
     replacement: Callable
     wrap: Callable = accelerated
+    checked: bool = True
 
 
 def table(version: Version) -> tuple[Row, ...]:
     """What is patched. ``model.similarity`` and ``similarity_pairwise`` call the functions."""
     rows: tuple[Row, ...] = (
-        Row(f"{version.transformer}:Transformer", "forward", mark.before_forward, prepared),
+        Row(hidden_rows.forward_owner(version), "forward", hidden_rows.around_model, within),
+        Row(f"{version.transformer}:Transformer", "forward", mark.around_forward, within),
         Row(f"{version.pooling}:Pooling", "forward", modules.pooling_forward),
         Row(f"{version.normalize}:Normalize", "forward", modules.normalize_forward),
         Row(_SIMILARITY, "cos_sim", similarity.cos_sim),
@@ -63,15 +72,16 @@ def table(version: Version) -> tuple[Row, ...]:
         Row(version.worker.rpartition(".")[0], "start_multi_process_pool", workers.choices_noted, within),
     )
     rows += _losses(version) + _searches(version)
-    return rows + _loop(version) if version.inference else rows
+    return rows + (_loop(version) if version.inference else _encode(version))
 
 
 def _losses(version: Version) -> tuple[Row, ...]:
     """The in-batch losses, and the one that calls them with prefixes of the embeddings."""
-    rows = [
-        Row(f"{version.loss_module(step.loss)}:{step.loss}", step.method, step.replacement, accelerated_loop)
-        for step in losses.steps(version)
-    ]
+    rows = []
+    for step in losses.steps(version):
+        wrap = accelerated_loop if step.replacement is None else with_original
+        replacement = step.replacement or step.with_prefixes
+        rows.append(Row(f"{version.loss_module(step.loss)}:{step.loss}", step.method, replacement, wrap))
     module = version.loss_module("MatryoshkaLoss")
     rows.append(Row(f"{module}:MatryoshkaLoss", "forward", matryoshka.matryoshka_loss, with_original))
     rows.append(Row(f"{module}:CachedLossDecorator", "__call__", matryoshka.cached_matryoshka_loss, with_original))
@@ -91,13 +101,18 @@ def _searches(version: Version) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _encode(version: Version) -> tuple[Row, ...]:
+    return (Row(f"{version.model}:SentenceTransformer", "encode", hidden_rows.around_encode, within),)
+
+
 def _loop(version: Version) -> tuple[Row, ...]:
     """The loop of `encode`, which the versions before 6.2 do not have by itself."""
     from sentfast.integrations import encode
 
     owner = f"{version.model}:SentenceTransformer"
     return (
-        Row(owner, "_inference", encode.inference, accelerated_loop),
+        Row(owner, "_inference", encode.loop, with_original, checked=False),
+        Row(f"{version.multi_vector}:MultiVectorEncoder", "_inference", hidden_rows.around_encode, within),
         Row(owner, "encode", encode.batch_size_noted, within),
         Row(owner, "encode_query", encode.batch_size_noted, within),
         Row(owner, "encode_document", encode.batch_size_noted, within),
@@ -114,7 +129,7 @@ def resolve(text: str) -> Version | None:
     if version is None:
         return None
     merged = importlib.import_module(_MERGED).embed_columns if version.first >= (6, 0) else None
-    return replace(version, to_tensor=importlib.import_module(_TENSOR)._convert_to_tensor, embed_columns=merged)
+    return replace(version, to_tensor=private.to_tensor(_TENSOR), embed_columns=merged)
 
 
 def sites() -> Iterator[Site]:
@@ -124,6 +139,10 @@ def sites() -> Iterator[Site]:
     if not tested(text):
         fallback("sentence_transformers", "SF111", f"{text}; tested are {TESTED}")
     if version is None:
+        warn(
+            f"sentence-transformers {text} is not known and not accelerated: it runs at stock speed. "
+            f"Tested are {TESTED}; a newer sentfast may know it [SF111]"
+        )
         return
     for row in table(version):
         site = _method(version, row) if ":" in row.owner else _function(version, row)
@@ -144,7 +163,25 @@ def _method(version: Version, row: Row) -> Site | None:
         _foreign(name)
         return None
     replacement = functools.partial(row.replacement, version)
-    return Site(name, owner, row.attribute, lambda original: row.wrap(name, original, replacement))
+    return Site(
+        name,
+        owner,
+        row.attribute,
+        lambda original: row.wrap(name, original, _checked(version, row, replacement, original, owner)),
+    )
+
+
+def _checked(version: Version, row: Row, attempt: Callable, original: Callable, *owners: type) -> Callable:
+    """What runs around the original, or changes its arguments, needs no check: the original runs."""
+    if not row.checked or row.wrap in (within, rewritten):
+        return attempt
+    name = ".".join([*(owner.__name__ for owner in owners), row.attribute])
+    leading = (name, original) if row.wrap is with_original else ()
+    prove = functools.partial(proofs.prove, name, version, original, functools.partial(attempt, *leading))
+    inside = losses.MODULES if proofs.key(name) else ()
+    found = originals.Original([original], [*owners, *inside], prove, proofs.key(name))
+    originals.note(original, found)
+    return originals.as_long_as_same(found, attempt, len(leading))
 
 
 def _decorated(function: types.FunctionType) -> bool:
@@ -176,12 +213,12 @@ def _function(version: Version, row: Row) -> Site | None:
         original = types.FunctionType(code, owner.__globals__, owner.__name__, owner.__defaults__)
         functools.update_wrapper(original, owner)
         vars(original).pop("__wrapped__")
-        trampolines.replacements[row.attribute] = row.wrap(row.attribute, original, attempt)
-        return trampoline.replace()
+        replacement = row.wrap(row.attribute, original, _checked(version, row, attempt, original))
+        return trampolines.put(row.attribute, trampoline, original, replacement)
 
     return Site(row.attribute, owner, "__code__", build)
 
 
 def _foreign(name: str) -> None:
     fallback(name, "SF110")
-    logger.warning("%s is not the one of sentence-transformers and is left as it is [SF110]", name)
+    warn(f"{name} is not the one of sentence-transformers and is left as it is [SF110]")

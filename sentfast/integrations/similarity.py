@@ -12,47 +12,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sentfast import functional
-from sentfast.integrations import guards
+from sentfast.integrations import gain, guards
 from sentfast.integrations.versions import Version
+from sentfast.ops.similarity import cosines, dots, normalized, pairwise
+from sentfast.reference import PAIRWISE_METRICS
+
+_COSINE, _DOT, _EUCLIDEAN, _MANHATTAN = map(PAIRWISE_METRICS.index, ("cosine", "dot", "euclidean", "manhattan"))
 
 
 def cos_sim(version: Version, a: Any, b: Any) -> Tensor | str:
     reason, a, b = _matrices(version, a, b)
-    return reason if reason else _scores(version, functional.cosine_similarity(a, b), a)
+    if not reason and gain.cos_sim(a, b):
+        reason = gain.TOO_SMALL
+    return reason if reason else _scores(version, cosines(a, b), a)
 
 
 def dot_score(version: Version, a: Any, b: Any) -> Tensor | str:
     reason, a, b = _matrices(version, a, b)
-    return reason if reason else _scores(version, functional.dot_similarity(a, b), a)
+    if not reason and gain.dot_score(a, b):
+        reason = gain.TOO_SMALL
+    return reason if reason else _scores(version, dots(a, b), a)
 
 
 def pairwise_cos_sim(version: Version, a: Any, b: Any) -> Tensor | str:
-    return _pairwise(version, a, b, "cosine")
+    return _pairwise(version, a, b, _COSINE)
 
 
 def pairwise_dot_score(version: Version, a: Any, b: Any) -> Tensor | str:
-    return _pairwise(version, a, b, "dot")
+    return _pairwise(version, a, b, _DOT)
 
 
 def pairwise_euclidean_sim(version: Version, a: Any, b: Any) -> Tensor | str:
-    return _pairwise(version, a, b, "euclidean")
+    return _pairwise(version, a, b, _EUCLIDEAN)
 
 
 def pairwise_manhattan_sim(version: Version, a: Any, b: Any) -> Tensor | str:
-    return _pairwise(version, a, b, "manhattan")
+    return _pairwise(version, a, b, _MANHATTAN)
 
 
 def pairwise_angle_sim(version: Version, x: Any, y: Any) -> Tensor | str:
-    """|cos + sin|, the halves being real and imaginary parts: sqrt(2) |cosine| with x turned by 45 degrees."""
+    """|cos + sin|, the halves being real and imaginary parts: sqrt(2) |cosine| with x turned by 45 degrees.
+
+    Turned to the same length: one below eps is not divided by.
+    """
     if not version.angle_is_cosine_and_sine:
         return "SF109"
     reason, x, y = _operands(version, x, y)
     if reason or x.ndim != 2 or x.shape != y.shape or x.shape[1] % 2:
         return reason or "SF107"
     first, last = x.float().chunk(2, dim=1)
-    turned = torch.cat([first + last, last - first], dim=1)
-    return functional.pairwise_similarity(turned, y.float()).abs() * math.sqrt(2)
+    turned = torch.cat([first + last, last - first], dim=1) * math.sqrt(0.5)
+    return pairwise(turned, y.float(), _COSINE).abs() * math.sqrt(2)
 
 
 def normalize_embeddings(version: Version, x: Any) -> Tensor | str:
@@ -61,24 +71,25 @@ def normalize_embeddings(version: Version, x: Any) -> Tensor | str:
         return reason
     if x.ndim != 2 and (x.ndim == 0 or version.normalizes_dimension_1):
         return "SF107"
-    return functional.l2_normalize(x)
+    return normalized(x)
 
 
 def _operands(version: Version, a: Any, b: Any) -> tuple[str, Any, Any]:
-    if isinstance(a, (list, np.ndarray)):
+    if type(a) is not Tensor and isinstance(a, (list, np.ndarray)):
         a = version.to_tensor(a)
-    if isinstance(b, (list, np.ndarray)):
+    if type(b) is not Tensor and isinstance(b, (list, np.ndarray)):
         b = version.to_tensor(b)
     reason = guards.tensor(a) or guards.tensor(b)
     if not reason and a.dtype != b.dtype:
         reason = "SF102"
-    if not reason and a.device != b.device:
+    if not reason and not (a.is_cpu and b.is_cpu) and a.device != b.device:
         reason = "SF103"
     return reason, a, b
 
 
 def _matrices(version: Version, a: Any, b: Any) -> tuple[str, Any, Any]:
     reason, a, b = _operands(version, a, b)
+    reason = reason or guards.products(a.device.type)
     if reason:
         return reason, a, b
     a = a.unsqueeze(0) if a.ndim == 1 else a
@@ -96,16 +107,18 @@ def _scores(version: Version, scores: Tensor, a: Tensor) -> Tensor:
     return scores if version.scores_float32 else scores.to(a.dtype)
 
 
-def _pairwise(version: Version, a: Any, b: Any, metric: str) -> Tensor | str:
+def _pairwise(version: Version, a: Any, b: Any, metric: int) -> Tensor | str:
     reason, a, b = _operands(version, a, b)
     if reason:
         return reason
-    if a.shape != b.shape or (metric == "cosine" and version.normalizes_dimension_1 and a.ndim != 2):
+    if a.shape != b.shape or a.ndim == 0 or (metric == _COSINE and version.normalizes_dimension_1 and a.ndim != 2):
         return "SF107"
-    needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    if metric == "euclidean" and needs_grad and not version.euclidean_zero_gradient:
+    old_gradient = metric == _EUCLIDEAN and not version.euclidean_zero_gradient
+    if old_gradient and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return "SF109"
+    if metric == _DOT and gain.pairwise_dot_score(a, b):
+        return gain.TOO_SMALL
     if version.scores_float32:
-        return functional.pairwise_similarity(a, b, metric)
+        return pairwise(a, b, metric)
     reason = guards.half_under_autocast(a)
-    return reason if reason else functional.pairwise_similarity(a, b, metric).to(a.dtype)
+    return reason if reason else pairwise(a, b, metric).to(a.dtype)

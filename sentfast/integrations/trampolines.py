@@ -1,6 +1,7 @@
 """The code that the patched functions of ``sentence_transformers.util`` run.
 
 It is put into a function of sentence-transformers, where only that function's globals exist: hence the import inside.
+It names the package alone, because any longer import takes a microsecond.
 The argument names are those of the originals, so that keyword calls and ``inspect.signature`` stay as they are.
 """
 
@@ -11,12 +12,14 @@ from types import CodeType
 from typing import Any
 
 replacements: dict[str, Callable] = {}
+# What the functions did before, by their code now.
+_originals: dict[CodeType, Callable] = {}
 
 _SOURCE = """
 def {name}({arguments}):
-    from sentfast.integrations.trampolines import replacements
+    import sentfast
 
-    return replacements["{name}"]({arguments})
+    return sentfast.integrations.trampolines.replacements["{name}"]({arguments})
 """
 _NEGATIVES = (
     "dataset model anchor_column_name positive_column_name corpus cross_encoder range_min range_max max_score min_score"
@@ -48,6 +51,41 @@ def code_for(name: str, original: CodeType) -> CodeType | None:
         if _arguments(found) == _arguments(original):
             return found
     return None
+
+
+def original_of(function: Any) -> Callable | None:
+    """What a function did before it got code of ours; None for any other function."""
+    return _originals.get(getattr(function, "__code__", None))  # type: ignore[arg-type]
+
+
+def put(name: str, code: CodeType, original: Callable, replacement: Callable) -> CodeType:
+    """Lets functions with the code run `replacement`."""
+    code = code.replace()
+    replacements[name], _originals[code] = replacement, original
+    return code
+
+
+_GATE = """
+def {name}({arguments}):
+    # A tracer and a mode see who looks at a size.
+    if not is_compiling() and not is_tracing() and not modes() and small({arguments}) and is_enabled():
+        if TOO_SMALL in counts:
+            counts[TOO_SMALL] += 1
+        else:
+            first()
+        return original({arguments})
+    return others({arguments})
+"""
+
+
+def gate(name: str, arguments: str, names: dict[str, Any]) -> Callable:
+    """What hands `small` calls to `original` and the `others` on: with arguments by name, in the fewest steps.
+
+    names: what the code reads besides its arguments.
+    """
+    made = dict(names)
+    exec(compile(_GATE.format(name=name, arguments=arguments), __file__, "exec"), made)
+    return made[name]
 
 
 def _code(name: str, names: list[str]) -> CodeType:

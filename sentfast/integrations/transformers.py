@@ -8,15 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from sentfast import switch
+from sentfast import locks, switch, weak
 from sentfast.encoder import (
     Composed,
     Encoder,
@@ -30,13 +28,31 @@ from sentfast.encoder import (
 from sentfast.encoder.architecture import Architecture, architecture_of
 from sentfast.encoder.device import composed
 from sentfast.encoder.examine import Parts
-from sentfast.integrations import guards, loaders
+from sentfast.integrations import guards, hidden_rows, loaders
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states")
+# What modules of sentence-transformers leave in the features, from which the next call of the model takes its
+# arguments. No code of transformers reads them.
+_LEFT = frozenset(
+    {
+        "token_embeddings",
+        "sentence_embedding",
+        "token_weights_sum",
+        "scores",
+        "sentence_embedding_backbone",
+        "sentence_embedding_encoded",
+        "sentence_embedding_encoded_4k",
+        "auxiliary_embedding",
+        "decoded_embedding_k",
+        "decoded_embedding_4k",
+        "decoded_embedding_aux",
+        "decoded_embedding_k_pre_bias",
+    }
+)
 
-_lock = threading.RLock()
-_marked: WeakSet[nn.Module] = WeakSet()
+_lock = locks.new()
+_marked = weak.Set()
 _sites: dict[type, switch.Site] = {}  # by the class that is patched
 
 
@@ -57,9 +73,9 @@ def mark(model: nn.Module) -> None:
     architecture, owner = found
     build = functools.partial(_build, architecture)
     with _lock:
-        _marked.add(model)
         site = _sites.setdefault(owner, switch.Site(f"{owner.__name__}.forward", owner, "forward", build))
         switch.add(site)
+        _marked.add(model)  # last: a model that is marked is not looked at again
 
 
 def unmark(model: nn.Module) -> None:
@@ -101,33 +117,74 @@ def _forward(architecture: Architecture, signature: Signature, model: Any, *args
     arguments = _arguments(signature, args, kwargs)
     if isinstance(arguments, str):
         return arguments
-    form = _form(model, arguments)
+    form = _form(architecture, model, arguments)
     if isinstance(form, str):
         return form
     found = encoder_or_parts(model, choice.chosen(model) or "match", inside=True)
     if isinstance(found, str):
         return found
     inputs = [arguments.get(name) for name in _INPUTS]
-    hidden = _on_device(found, inputs) if composed(found.device) else _on_cpu(found, inputs)  # type: ignore[arg-type]
+    run = _on_device if composed(found.device) else _on_cpu
+    hidden = run(model, found, inputs)  # type: ignore[arg-type]
+    if hidden is None:
+        hidden = _every_row(model, inputs)
     return hidden if isinstance(hidden, str) else _outputs(architecture, model, hidden, form)
 
 
-def _on_cpu(found: Encoder | Parts, inputs: list[Any]) -> Tensor | str:
+def _on_cpu(model: nn.Module, found: Encoder | Parts, inputs: list[Any]) -> Tensor | str | None:
+    """The rows that the mask leaves; None where the others are read too."""
     packed = pack_padded(found.tables, *inputs)
     if isinstance(packed, str):
         return packed
+    if packed.padded and _read(model):
+        return None
     return _infer(found, packed) if isinstance(found, Encoder) else _train(found, packed)
 
 
-def _on_device(found: Composed | Parts, inputs: list[Any]) -> Tensor | str:
+def _on_device(model: nn.Module, found: Composed | Parts, inputs: list[Any]) -> Tensor | str | None:
     loaders.watch()
     batch = pack_on_device(found.tables, found.device, *inputs)
     if isinstance(batch, str):
         return batch
+    if batch.rows is not None and _read(model):
+        return None
     if isinstance(found, Composed):
         return batch.pad(found.hidden(batch))
     ids, types, positions, cu_seqlens, longest, *_ = batch
     return batch.pad(token_embeddings(found, ids, cu_seqlens, longest, types, positions))
+
+
+def _read(model: nn.Module) -> bool:
+    """Whether rows that the mask hides are read."""
+    if hidden_rows.read(model):
+        return True
+    hidden_rows.left_zero(model)
+    return False
+
+
+def _every_row(model: nn.Module, inputs: list[Any]) -> Tensor | str:
+    """Those that the mask hides too: they see the tokens that it leaves, and are seen by none."""
+    parts = encoder_or_parts(model, inside=True, steps=True)
+    if isinstance(parts, str):
+        return parts
+    assert isinstance(parts, Parts)
+    ids, mask, types, positions = inputs
+    visible = mask.bool()
+    window = max(parts.windows, default=-1)
+    if window >= 0 and ids.shape[1] - int(visible.sum(1).min()) > window:
+        return "SF130"  # a row that sees no token at all
+    if composed(parts.device):
+        batch = pack_on_device(parts.tables, parts.device, ids, None, types, positions)
+        if isinstance(batch, str):
+            return batch
+        ids, types, positions, ends, longest, *_ = batch
+    else:
+        packed = pack_padded(parts.tables, ids, None, types, positions)
+        if isinstance(packed, str):
+            return packed
+        ids, ends, types, positions, longest = packed
+        positions = parts.tables.count_positions(ids, ends) if positions is None else positions
+    return token_embeddings(parts, ids, ends, longest, types, positions, visible).view(*visible.shape, -1)
 
 
 def _infer(encoder: Encoder, packed: Packed) -> Tensor:
@@ -156,6 +213,8 @@ def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, An
         return "SF107"
     arguments.update(kwargs)
     for name, value in arguments.items():
+        if more and name in _LEFT and name not in names:
+            continue
         known = name in (*_INPUTS, *_OUTPUTS, "return_dict")
         if name not in names and not (more and known):
             return "SF107"
@@ -166,7 +225,7 @@ def _arguments(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, An
     return arguments
 
 
-def _form(model: Any, arguments: dict[str, Any]) -> bool | str:
+def _form(architecture: Architecture, model: Any, arguments: dict[str, Any]) -> bool | str:
     """Whether the outputs come as an object; else as a tuple."""
     config = vars(model.config)  # its own look-up costs a microsecond
     by_default = config.get("return_dict", True) and not config.get("torchscript", False)
@@ -175,14 +234,22 @@ def _form(model: Any, arguments: dict[str, Any]) -> bool | str:
     if asked is None and "return_dict" in arguments and not by_default:
         return "SF121"
     as_object = by_default if asked is None else bool(asked)
-    if not as_object and getattr(model, "pooler", model) is None:
-        return "SF121"
+    pooler = getattr(model, "pooler", None) if architecture.pooler else model
+    if pooler is None:
+        return as_object or "SF121"
+    if pooler is not model and not _described(architecture, type(pooler)):
+        return "SF108"
     return as_object
+
+
+def _described(architecture: Architecture, pooler: type) -> bool:
+    """A pooler of another kind may be called with something else, or read rows that the mask hides."""
+    return pooler.__name__ == architecture.pooler and pooler.__module__ == architecture.module
 
 
 def _outputs(architecture: Architecture, model: Any, hidden: Tensor, as_object: bool) -> Any:
     values = {"last_hidden_state": hidden}
-    pooler = getattr(model, "pooler", None)
+    pooler = getattr(model, "pooler", None) if architecture.pooler else None
     if pooler is not None:
         values["pooler_output"] = pooler(hidden)
     if not as_object:

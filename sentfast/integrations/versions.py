@@ -21,6 +21,7 @@ class Version:
         first: the first version of the range.
         pooling, normalize, transformer: module of the class.
         model: module of the class SentenceTransformer.
+        multi_vector: module of the class MultiVectorEncoder, where its loop is known.
         worker: module, class and name of the method that a process of a multi-process pool runs.
         inference: `encode` hands texts and resolved arguments to `_inference`.
         mode_flags: the pooling modes are one bool attribute each, with a fixed order.
@@ -48,6 +49,7 @@ class Version:
     worker: str
     losses: str = "sentence_transformers.sentence_transformer.losses."
     inference: bool = False
+    multi_vector: str = ""
     mode_flags: bool = False
     scores_float32: bool = True
     prompt_as_reference: bool = False
@@ -111,6 +113,7 @@ VERSIONS = (
         model=_MODEL,
         worker="sentence_transformers.base.model:BaseModel._multi_process_worker",
         inference=True,
+        multi_vector="sentence_transformers.multi_vector_encoder.model",
         prompt_as_reference=True,
         normalizes_dimension_1=False,
         euclidean_zero_gradient=True,

@@ -60,8 +60,9 @@ def _repeat(choices: dict[str, str], model: nn.Module) -> None:
 def choices_noted(version: Version, model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Around ``start_multi_process_pool``."""
     found = {path: "" if choice.is_off(base) else choice.chosen(base) for path, base in base_models(model).items()}
-    token = _choices.set({path: precision for path, precision in found.items() if precision is not None})
+    before = _choices.get()
     try:
+        _choices.set({path: precision for path, precision in found.items() if precision is not None})
         yield
     finally:
-        _choices.reset(token)
+        _choices.set(before)

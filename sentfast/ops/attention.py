@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sentfast import reference
-from sentfast.ops import checks
+from sentfast.ops import checks, twice
 from sentfast.ops.seeds import check_dropout, seed_of
 from sentfast.reference import accumulation_dtype
 from sentfast.registry import KERNEL_DTYPES, define, result_of
@@ -88,15 +87,27 @@ class _VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         q, k, v, cu_seqlens, bias, out, lse = ctx.saved_tensors
+        if twice.wanted():
+            return _differentiable_gradients(ctx, grad, q, k, v, cu_seqlens, bias)
         parts = q.unbind(1) if k is None else (q, k, v)
         grad_qkv, grad_bias = _varlen_attention_backward(
             grad, *parts, out, lse, cu_seqlens, ctx.max_seqlen, bias, *ctx.options
         )
         grads = (grad_qkv, None, None) if k is None else grad_qkv.unbind(1)
         return *grads, None, None, None if bias is None else grad_bias, None
+
+
+def _differentiable_gradients(ctx: Any, grad, q, k, v, cu_seqlens, bias):
+    needs_q, needs_k, needs_v, _, _, needs_bias, _ = ctx.needs_input_grad
+    parts = (q, k, v) if k is not None else q.unbind(1)
+    needs = (needs_q, needs_k, needs_v) if k is not None else (needs_q,) * 3
+    inputs, needed = (*parts, cu_seqlens, ctx.max_seqlen, bias), (*needs, False, False, needs_bias)
+    *grads, _, _, grad_bias = twice.gradients(_varlen_attention, inputs, ctx.options, needed, grad)
+    if k is None:
+        grads = [torch.stack([x for x in grads if x is not None], dim=1) if needs_q else None, None, None]
+    return *grads, None, None, grad_bias, None
 
 
 def varlen_attention(
@@ -148,7 +159,7 @@ def varlen_attention(
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q ({q.dtype}), got {x.dtype}")
         checks.same_device(name, x, "q", q)
-    options = _options(q.shape[-1], softmax_scale, causal, window_size, dropout_p, seed, stream)
+    options = _options(q, softmax_scale, causal, window_size, dropout_p, seed, stream)
     return _attend(q, k, v, cu_seqlens, max_seqlen, bias, options, q.shape[1])
 
 
@@ -169,12 +180,12 @@ def varlen_attention_qkvpacked(
     checks.floats("qkv", qkv, "[T, 3, heads, d]", (4,))
     if qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected shape [T, 3, heads, d], got {list(qkv.shape)}")
-    options = _options(qkv.shape[-1], softmax_scale, causal, window_size, dropout_p, seed, stream)
+    options = _options(qkv, softmax_scale, causal, window_size, dropout_p, seed, stream)
     return _attend(qkv, None, None, cu_seqlens, max_seqlen, bias, options, qkv.shape[2])
 
 
 def _options(
-    head_dim: int,
+    x: Tensor,
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int] | None,
@@ -182,12 +193,20 @@ def _options(
     seed: int | None,
     stream: int,
 ) -> _Options:
-    check_dropout(dropout_p)
-    left, right = (-1, -1) if window_size is None else window_size
-    if causal:
+    check_dropout(dropout_p, seed, stream)
+    left, right = (-1, -1) if window_size is None else _window(window_size)
+    if checks.flag("causal", causal):
         right = 0
-    scale = max(head_dim, 1) ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return _Options(scale, left, right, float(dropout_p), seed_of(dropout_p, seed), stream)
+    scale = max(x.shape[-1], 1) ** -0.5 if softmax_scale is None else checks.finite("softmax_scale", softmax_scale)
+    return _Options(scale, left, right, float(dropout_p), seed_of(dropout_p, seed, x), stream)
+
+
+def _window(size: object) -> tuple[int, int]:
+    sides = checks.sequence("window_size", size, "two whole numbers")
+    if len(sides) != 2:
+        raise ValueError(f"window_size: expected two whole numbers, got {len(sides)}")
+    left, right = (checks.whole("window_size", side, -1, 2**31 - 1) for side in sides)
+    return left, right
 
 
 def _attend(
@@ -201,6 +220,8 @@ def _attend(
     heads: int,
 ) -> Tensor:
     checks.packed("cu_seqlens", cu_seqlens, "q", q)
+    if max_seqlen is not None:
+        max_seqlen = checks.whole("max_seqlen", max_seqlen, 0, 2**31 - 1)
     longest = _longest(cu_seqlens, max_seqlen, q.shape[0])
     if bias is not None:
         bias = _check_bias(bias, q, heads, longest if checks.values_readable(cu_seqlens) else 1)

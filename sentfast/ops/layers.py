@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sentfast import reference
-from sentfast.ops import checks
+from sentfast.ops import checks, twice
 from sentfast.ops.seeds import check_dropout, seed_of
 from sentfast.reference import ACTIVATIONS, accumulation_dtype
 from sentfast.registry import define, result_of
@@ -102,9 +101,8 @@ class _Dropout(torch.autograd.Function):
         return _dropout(x, *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
-        return _dropout(grad, *ctx.options), None
+        return twice.differentiable(_dropout)(grad, *ctx.options), None
 
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
@@ -112,23 +110,31 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x, residual, weight, bias, eps, options):
         y, total, mean, rstd = _dropout_add_layer_norm_forward(x, residual, weight, bias, eps, *options)
         ctx.save_for_backward(total, mean, rstd, weight, x.new_empty(0))
-        ctx.options = options
-        # The second gives no gradient, so none is made of zeros for it.
-        ctx.mark_non_differentiable(total)
+        ctx.eps, ctx.options = eps, options
+        # The sum is a result so that gradients of gradients find their way through it. In all other backward passes it
+        # gets none, and none is made of zeros for it.
         ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad, _):
-        if grad is None:
-            return (None,) * 6
-        grad_sum, grad_x, grad_weight, grad_bias = _dropout_add_layer_norm_backward(
-            grad, *ctx.saved_tensors, *ctx.options
-        )
+    def backward(ctx: Any, grad, grad_total):
+        total, mean, rstd, weight, like = ctx.saved_tensors
         _, needs_residual, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        from_total = None
+        if grad_total is not None:
+            from_total = twice.differentiable(_dropout)(grad_total, *ctx.options).to(like.dtype)
+        if grad is None:  # weight and bias have no part in the sum
+            return from_total, grad_total if needs_residual else None, None, None, None, None
+        if twice.wanted():
+            mean, rstd = reference.norm_statistics(total, mean.dtype, ctx.eps)
+        grad_sum, grad_x, grad_weight, grad_bias = twice.differentiable(_dropout_add_layer_norm_backward)(
+            grad, total, mean, rstd, weight, like, *ctx.options
+        )
         if grad_x.shape != grad_sum.shape:
             grad_x = grad_sum
+        if grad_total is not None:
+            grad_sum = grad_sum + grad_total
+            grad_x = grad_x + from_total
         grads = [grad_x, grad_sum if needs_residual else None]
         return *grads, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None
 
@@ -143,7 +149,7 @@ class Normed(NamedTuple):
 
 def norm_again(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """The output of a :class:`Normed` from its source, to the bit."""
-    return _dropout_add_layer_norm(total, None, weight, bias, eps, 0.0, 0, 0)
+    return twice.differentiable(_dropout_add_layer_norm)(total, None, weight, bias, eps, 0.0, 0, 0)
 
 
 class _BiasActivation(torch.autograd.Function):
@@ -154,10 +160,10 @@ class _BiasActivation(torch.autograd.Function):
         return _bias_activation(x, bias, activation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         x, bias = ctx.saved_tensors
-        grad_x, grad_bias = _bias_activation_backward(grad, x, bias, ctx.activation)
+        through = twice.differentiable(_bias_activation_backward)
+        grad_x, grad_bias = through(grad, x, bias, ctx.activation)
         return grad_x, None if bias is None else grad_bias, None
 
 
@@ -177,7 +183,7 @@ def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, stream: int =
         TypeError, ValueError: x is no floating-point tensor, or p is out of range.
     """
     checks.floats("x", x, "[..., D]")
-    check_dropout(p)
+    check_dropout(p, seed, stream, "p")
     if p == 0.0 or x.numel() == 0:
         return x
     return _Dropout.apply(x, (float(p), seed_of(p, seed), stream))
@@ -211,7 +217,8 @@ def dropout_add_layer_norm(
         TypeError, ValueError: an argument has another dtype, shape, device or range; the message names it.
     """
     checks.floats("x", x, "[..., D]")
-    check_dropout(dropout_p)
+    check_dropout(dropout_p, seed, stream)
+    checks.finite("eps", eps, 0.0)
     if residual is not None:
         checks.floats("residual", residual, "[..., D]")
         checks.same_device("residual", residual, "x", x)
@@ -237,7 +244,7 @@ def normed(
     acc = accumulation_dtype(x.dtype)
     weight = _vector("weight", weight, x).to(acc)
     bias = None if bias is None else _vector("bias", bias, x).to(acc)
-    options = (float(dropout_p), seed_of(dropout_p, seed), stream)
+    options = (float(dropout_p), seed_of(dropout_p, seed, x), stream)
     if checks.needs_function(x, residual) or checks.needs_function(weight, bias):
         y, total = _DropoutAddLayerNorm.apply(x, residual, weight, bias, float(eps), options)
         return Normed(y, (total, weight, bias, float(eps)))
@@ -259,10 +266,14 @@ def bias_activation(x: Tensor, bias: Tensor | None = None, activation: str = "ge
         TypeError, ValueError: an argument has another dtype, shape or device, or the activation is not known.
     """
     checks.floats("x", x, "[..., D]")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    bias = None if bias is None else _vector("bias", bias, x).to(accumulation_dtype(x.dtype))
-    return _BiasActivation.apply(x, bias, ACTIVATIONS.index(activation))
+    number = checks.one_of("activation", activation, ACTIVATIONS)
+    bias = None if bias is None else own(_vector("bias", bias, x).to(accumulation_dtype(x.dtype)))
+    return _BiasActivation.apply(x, bias, number)
+
+
+def own(bias: Tensor) -> Tensor:
+    """A copy where it is kept for a gradient: PyTorch's layers keep no bias, and let it be changed before backward."""
+    return bias.clone() if bias.requires_grad and torch.is_grad_enabled() else bias
 
 
 def _vector(name: str, vector: Tensor, x: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sentfast import reference
-from sentfast.ops import checks
-from sentfast.ops.layers import Normed, _bias_activation, _bias_activation_backward, bias_activation, norm_again
+from sentfast.ops import checks, twice
+from sentfast.ops.layers import Normed, _bias_activation, _bias_activation_backward, bias_activation, norm_again, own
 from sentfast.reference import ACTIVATIONS, accumulation_dtype
 from sentfast.registry import define
 
@@ -49,6 +48,25 @@ _linear_gated_activation = define(
 )
 
 
+class _SideBySide(torch.autograd.Function):
+    """``torch.cat`` whose gradients lie in memory of their own: a part of one tensor keeps, and saves, all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts):
+        ctx.sizes = [len(x) for x in parts]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        found = zip(grad.split(ctx.sizes), ctx.needs_input_grad, strict=True)
+        return tuple(x.clone() if needed else None for x, needed in found)
+
+
+def side_by_side(*parts: Tensor) -> Tensor:
+    """[N1, K], [N2, K], ... -> [N1 + N2 + ..., K], or vectors."""
+    return _SideBySide.apply(*parts)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias):
@@ -56,13 +74,13 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight.t(), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        product = twice.differentiable(_product)
         return (
-            _product(grad, weight, None) if needs_x else None,
-            _product(grad.t(), x, None) if needs_weight else None,
+            product(grad, weight, None) if needs_x else None,
+            product(grad.t(), x, None) if needs_weight else None,
             grad.sum(dim=0) if needs_bias else None,
         )
 
@@ -75,14 +93,14 @@ class _NormLinear(torch.autograd.Function):
         return _product(x, weight.t(), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         total, norm_weight, norm_bias, weight = ctx.saved_tensors
         needs_x, *_, needs_weight, needs_bias = ctx.needs_input_grad
+        product = twice.differentiable(_product)
         return (
-            _product(grad, weight, None) if needs_x else None,
+            product(grad, weight, None) if needs_x else None,
             *(None for _ in range(4)),
-            _product(grad.t(), norm_again(total, norm_weight, norm_bias, ctx.eps), None) if needs_weight else None,
+            product(grad.t(), norm_again(total, norm_weight, norm_bias, ctx.eps), None) if needs_weight else None,
             grad.sum(dim=0) if needs_bias else None,
         )
 
@@ -95,16 +113,17 @@ class _ActivationLinear(torch.autograd.Function):
         return _product(_bias_activation(x, x_bias, activation), weight.t(), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         x, x_bias, weight = ctx.saved_tensors
         grad_x = grad_x_bias = grad_weight = None
         needs_x, needs_x_bias, _, needs_weight, needs_bias = ctx.needs_input_grad
+        product = twice.differentiable(_product)
         if needs_weight:
-            grad_weight = _product(grad.t(), _bias_activation(x, x_bias, ctx.activation), None)
+            again = twice.differentiable(_bias_activation)
+            grad_weight = product(grad.t(), again(x, x_bias, ctx.activation), None)
         if needs_x or needs_x_bias:
-            grad_y = _product(grad, weight, None)
-            grad_x, grad_x_bias = _bias_activation_backward(grad_y, x, x_bias, ctx.activation)
+            through = twice.differentiable(_bias_activation_backward)
+            grad_x, grad_x_bias = through(product(grad, weight, None), x, x_bias, ctx.activation)
         return (
             grad_x,
             grad_x_bias if needs_x_bias else None,
@@ -122,12 +141,12 @@ class _LinearActivation(torch.autograd.Function):
         return _linear_activation(x, weight, bias, activation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         x, weight, bias = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         product = _plain_product(x, weight.t())
-        grad_product, grad_bias = _bias_activation_backward(grad, product, bias, ctx.activation)
+        through = twice.differentiable(_bias_activation_backward)
+        grad_product, grad_bias = through(grad, product, bias, ctx.activation)
         return (
             _plain_product(grad_product, weight) if needs_x else None,
             _plain_product(grad_product.t(), x) if needs_weight else None,
@@ -166,9 +185,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None = None, act
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected shape {list(weight.shape[:1])}, got {list(bias.shape)}")
         bias = bias.to(accumulation_dtype(x.dtype))
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    number = ACTIVATIONS.index(activation)
+    number = checks.one_of("activation", activation, ACTIVATIONS)
     if checks.needs_function(x, weight) or (bias is not None and checks.needs_function(bias)):
         return _LinearActivation.apply(x, weight, bias, number)
     return _linear_activation(x, weight, bias, number)
@@ -184,6 +201,7 @@ def activation_linear(
         weight, bias: [N, K] and [N], or None, as in :func:`linear`.
     """
     if _fits(x, weight, bias) and (x_bias is None or x_bias.dtype == torch.float32):
+        x_bias = None if x_bias is None else own(x_bias)
         return _ActivationLinear.apply(x, x_bias, ACTIVATIONS.index(activation), weight, bias)
     return linear(bias_activation(x, x_bias, activation), weight, bias)
 
@@ -209,8 +227,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [T, N] in the dtype of x. Sums are float32, made in parts of 256 features or tokens that are added in order.
 
     Raises:
+        TypeError: an argument is no tensor.
         RuntimeError: what PyTorch raises for shapes and dtypes that do not fit.
     """
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
+            raise TypeError(f"{name}: expected a tensor, got {checks.describe(tensor)}")
     if _fits(x, weight, bias):
         return _Linear.apply(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sentfast import reference
-from sentfast.ops import checks
+from sentfast.ops import checks, twice
 from sentfast.reference import DIRECTIONS, HARDNESS_MODES, accumulation_dtype
 from sentfast.registry import define
 
@@ -59,24 +58,26 @@ class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean, *arguments):
         ctx.settings = mean, arguments[4:12], arguments[17:]
+        tensors = *arguments[:4], *arguments[12:17]
         if mean:
             losses, *gradients = _contrastive_loss_forward(*arguments, None)
-            ctx.save_for_backward(*gradients)
+            ctx.save_for_backward(*tensors, *gradients)
             return losses.mean()
-        ctx.save_for_backward(*arguments[:4], *arguments[12:17])
+        ctx.save_for_backward(*tensors)
         return _contrastive_loss(*arguments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         mean, numbers, rest = ctx.settings
-        saved = ctx.saved_tensors
-        if mean:
-            gradients = [gradient * grad.to(gradient.dtype) for gradient in saved]
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:5]
+        others = *numbers, *saved[4:9], *rest
+        if twice.wanted():
+            each = (grad / len(saved[0])).expand(len(saved[0])) if mean else grad
+            gradients: Sequence[Tensor | None] = twice.gradients(_contrastive_loss, saved[:4], others, needed, each)
+        elif mean:
+            gradients = [gradient * grad.to(gradient.dtype) for gradient in saved[9:]]
         else:
-            arguments = *saved[:4], *numbers, *saved[4:], *rest
-            gradients = _contrastive_loss_forward(*arguments, grad)[1:]
-        needed = ctx.needs_input_grad[1:5]
+            gradients = _contrastive_loss_forward(*saved[:4], *others, grad)[1:]
         given = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
         return None, *given, *(None for _ in range(18))
 
@@ -99,22 +100,16 @@ def _ids(name: str, ids: object, count: int, queries: Tensor) -> None:
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {checks.describe(ids)}")
     if ids.shape != (count,):
         raise ValueError(f"{name}: expected {count} of them, got shape {list(ids.shape)}")
+    checks.dense(name, ids)
     checks.same_device(name, ids, "queries", queries)
 
 
-def _one_of(name: str, value: object, allowed: Sequence) -> int:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {tuple(allowed)}, got {value!r}")
-    return allowed.index(value)
-
-
 def _directions(directions: Sequence[str], partition_mode: str) -> list[int]:
-    if isinstance(directions, str):
-        raise TypeError(f"directions: expected a sequence of names, got {directions!r}")
-    numbers = sorted({_one_of("directions", direction, DIRECTIONS) for direction in directions})
+    checks.sequence("directions", directions, "names")
+    numbers = sorted({checks.one_of("directions", direction, DIRECTIONS) for direction in directions})
     if not numbers or numbers[0] != reference.losses.QUERY_TO_DOC:
         raise ValueError(f"directions: expected 'query_to_doc' among them, got {tuple(directions)!r}")
-    if _one_of("partition_mode", partition_mode, ("joint", "per_direction")) and {1, 3} & set(numbers):
+    if checks.one_of("partition_mode", partition_mode, ("joint", "per_direction")) and {1, 3} & set(numbers):
         raise ValueError(
             "partition_mode: expected 'joint' with the directions 'query_to_query' and 'doc_to_doc', which hold no"
             " positive, got 'per_direction'"
@@ -124,22 +119,20 @@ def _directions(directions: Sequence[str], partition_mode: str) -> list[int]:
 
 def _scale(scale: object, queries: Tensor) -> tuple[Tensor | None, float]:
     if isinstance(scale, Tensor):
-        if scale.ndim != 0 or not scale.is_floating_point():
+        if scale.is_nested or scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(f"scale: expected a number or a 0-d floating-point tensor, got {checks.describe(scale)}")
         checks.same_device("scale", scale, "queries", queries)
         if checks.values_readable(scale) and not scale.item() > 0:
             raise ValueError(f"scale: expected more than 0, got {scale.item()}")
         return scale.to(accumulation_dtype(queries.dtype)), 1.0
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a number or a 0-d tensor, got {checks.describe(scale)}")
-    if not scale > 0:
-        raise ValueError(f"scale: expected more than 0, got {scale}")
-    return None, float(scale)
+    return None, checks.finite("scale", scale, 1e-38)
 
 
 def _guides(guide: Sequence[Tensor], queries: Tensor, documents: Tensor, all_queries: Tensor | None) -> list:
     if not isinstance(guide, (tuple, list)) or len(guide) not in (2, 3):
-        raise TypeError(f"guide: expected (guide_queries, guide_documents[, guide_all_queries]), got {guide!r:.80}")
+        raise TypeError(
+            f"guide: expected (guide_queries, guide_documents[, guide_all_queries]), got {checks.describe(guide)}"
+        )
     if len(guide) == 2 and all_queries is not None:
         raise ValueError("guide: expected guide_all_queries as the third, because there are all_queries")
     if len(guide) == 3 and all_queries is None:
@@ -161,15 +154,16 @@ def _dims(
         if dim_weights is not None:
             raise ValueError("dim_weights: expected None without dims")
         return [columns], [1.0]
-    if not dims or not all(isinstance(dim, int) and 0 < dim <= columns for dim in dims):
-        raise ValueError(f"dims: expected numbers from 1 to {columns}, got {tuple(dims)!r}")
+    if not checks.sequence("dims", dims, "whole numbers"):
+        raise ValueError(f"dims: expected numbers from 1 to {columns}, got none")
+    dims = [checks.whole("dims", dim, 1, columns) for dim in dims]
     if dim_weights is None:
         dim_weights = [1.0] * len(dims)
-    if len(dim_weights) != len(dims):
+    if len(checks.sequence("dim_weights", dim_weights, "numbers")) != len(dims):
         raise ValueError(f"dim_weights: expected {len(dims)} of them, one for each of dims, got {len(dim_weights)}")
     totals = dict.fromkeys(sorted(dims), 0.0)
     for dim, weight in zip(dims, dim_weights, strict=True):
-        totals[dim] += float(weight)
+        totals[dim] += checks.finite("dim_weights", weight)
     return list(totals), list(totals.values())
 
 
@@ -260,8 +254,9 @@ def contrastive_loss(
         0-d or [B]; float32 for float32 and half inputs (products, norms and sums accumulate in float32), else float64.
         The mean of no rows is NaN, as in PyTorch.
 
-    Gradients: to queries, documents, all_queries and scale, not differentiable twice; with reduction "mean" they are
-    computed in the forward pass. torch.func transforms are refused by PyTorch; autocast changes nothing.
+    Gradients: to queries, documents, all_queries and scale, those of gradients by plain PyTorch; with reduction
+    "mean" they are computed in the forward pass. torch.func transforms are refused by PyTorch; autocast changes
+    nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -273,20 +268,20 @@ def contrastive_loss(
     everyone = len(queries)
     if all_queries is not None:
         everyone = len(_matrix("all_queries", all_queries, "queries", queries))
-    positives = everyone if positives is None else positives
+    positives = everyone if positives is None else checks.whole("positives", positives, 0)
+    offset, workspace = checks.whole("offset", offset, 0), checks.whole("workspace", workspace, 0)
     _check_counts(offset, positives, queries, documents, all_queries)
     scale_tensor, factor = _scale(scale, queries)
     numbers = _directions(directions, partition_mode)
-    hardness = _one_of("hardness_mode", hardness_mode, HARDNESS_MODES)
-    if not hardness_strength >= 0:
-        raise ValueError(f"hardness_strength: expected at least 0, got {hardness_strength}")
+    hardness = checks.one_of("hardness_mode", hardness_mode, HARDNESS_MODES)
+    hardness_strength = checks.finite("hardness_strength", hardness_strength, 0.0)
     if query_ids is not None:
         _ids("query_ids", query_ids, everyone, queries)
     if document_ids is not None:
         _ids("document_ids", document_ids, len(documents), queries)
     guides = [None] * 3 if guide is None else _guides(guide, queries, documents, all_queries)
     lengths, weights = _dims(dims, dim_weights, queries.shape[1])
-    mean = _one_of("reduction", reduction, ("none", "mean")) == 1
+    mean = checks.one_of("reduction", reduction, ("none", "mean")) == 1
     _check_workspace(workspace, numbers, everyone, positives, documents, guide is not None, len(lengths))
     arguments = (
         queries,
@@ -294,18 +289,18 @@ def contrastive_loss(
         all_queries,
         scale_tensor,
         factor,
-        _one_of("similarity", similarity, SIMILARITIES) == 0 or dims is not None,
+        checks.one_of("similarity", similarity, SIMILARITIES) == 0 or dims is not None,
         offset,
         positives,
         numbers,
         partition_mode == "per_direction" and len(numbers) > 1,
         hardness if hardness_strength > 0 else 0,
-        float(hardness_strength),
+        hardness_strength,
         query_ids,
         document_ids,
         *guides,
-        _one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES) == 1,
-        float(margin),
+        checks.one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES) == 1,
+        checks.finite("margin", margin),
         lengths,
         weights,
         workspace,

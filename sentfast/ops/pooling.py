@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sentfast import reference
-from sentfast.ops import checks
+from sentfast.ops import checks, twice
 from sentfast.reference import POOLING_MODES
 from sentfast.registry import define, result_of
 
@@ -48,28 +47,66 @@ _pool_backward = define(
 )
 
 
+def _kept(*layout: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Copies, since callers may write to a mask before the backward pass, as sentence-transformers lets them."""
+    return tuple(None if x is None else x.clone() for x in layout)
+
+
 class _Pool(torch.autograd.Function):
+    """Without normalisation, whose gradient is the same whatever the tokens are."""
+
     @staticmethod
     def forward(ctx: Any, x, attention_mask, cu_seqlens, options):
-        modes, _, normalize = options
-        if normalize or reference.MAX in modes:
-            out, norm, argmax = _pool_forward(x, attention_mask, cu_seqlens, *options)
-            ctx.save_for_backward(out if normalize else None, norm, argmax, attention_mask, cu_seqlens)
+        if reference.MAX in options[0]:
+            out, _, argmax = _pool_forward(x, attention_mask, cu_seqlens, *options)
+            ctx.save_for_backward(argmax, *_kept(attention_mask, cu_seqlens))
         else:
             out = _pool(x, attention_mask, cu_seqlens, *options)
-            ctx.save_for_backward(None, None, None, attention_mask, cu_seqlens)
+            ctx.save_for_backward(None, *_kept(attention_mask, cu_seqlens))
         ctx.length, ctx.options = x.shape[-2], options
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
-        *state, attention_mask, cu_seqlens = ctx.saved_tensors
+        argmax, *layout = ctx.saved_tensors
         # What these modes do not need is not read; any tensor stands in for it.
-        state = [grad if x is None else x for x in state]
-        modes, prompt_length, normalize = ctx.options
-        grad_x = _pool_backward(grad, *state, attention_mask, cu_seqlens, modes, prompt_length, ctx.length, normalize)
-        return grad_x, None, None, None
+        state = grad, grad, grad if argmax is None else argmax
+        modes, prompt_length, _ = ctx.options
+        backward = twice.differentiable(_pool_backward)
+        return backward(grad, *state, *layout, modes, prompt_length, ctx.length, False), None, None, None
+
+
+class _PoolNormalized(torch.autograd.Function):
+    """The unit vectors and the norms of the vectors they were made of, both of which backward reads.
+
+    The norms are a result, and callers are given a copy of the other, which they may change in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, attention_mask, cu_seqlens, options):
+        out, norm, argmax = _pool_forward(x, attention_mask, cu_seqlens, *options)
+        ctx.save_for_backward(out, norm, argmax, *_kept(attention_mask, cu_seqlens))
+        ctx.length, ctx.options = x.shape[-2], options
+        ctx.set_materialize_grads(False)
+        return out, norm
+
+    @staticmethod
+    def backward(ctx: Any, grad, grad_norm):
+        out, norm, argmax, *layout = ctx.saved_tensors
+        modes, prompt_length, _ = ctx.options
+        backward = twice.differentiable(_pool_backward)
+        grads = []
+        if grad is not None:
+            grads.append(backward(grad, out, norm, argmax, *layout, modes, prompt_length, ctx.length, True))
+        if grad_norm is not None:  # asked for by gradients of gradients alone; the norm's own is the unit vector
+            unit = out * (norm.clamp(min=reference.NORMALIZE_EPS) / norm.clamp(min=1e-30)).unsqueeze(-1).to(out.dtype)
+            along = unit * grad_norm.unsqueeze(-1).to(out.dtype)
+            grads.append(backward(along, out, norm, argmax, *layout, modes, prompt_length, ctx.length, False))
+        return sum(grads) if grads else None, None, None, None
+
+
+def _normalized(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, modes, prompt_length) -> Tensor:
+    return _PoolNormalized.apply(x, attention_mask, cu_seqlens, (modes, prompt_length, True))[0].clone()
 
 
 # `_Pool.apply` without its look at torch.func transforms, which `checks.native` has had already.
@@ -79,7 +116,7 @@ _apply = super(torch.autograd.Function, _Pool).apply
 def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
     if isinstance(mode, str) and mode in _MODE_NUMBERS:
         return [_MODE_NUMBERS[mode]]
-    names = (mode,) if isinstance(mode, str) else tuple(mode)
+    names = (mode,) if isinstance(mode, str) else tuple(checks.sequence("mode", mode, "names or a name"))
     try:
         numbers = [_MODE_NUMBERS[name] for name in names]
     except (KeyError, TypeError):
@@ -92,6 +129,7 @@ def _mode_numbers(mode: str | Sequence[str]) -> list[int]:
 def _check_mask(mask: object, x: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor or None, got {checks.describe(mask)}")
+    checks.dense("attention_mask", mask)
     if mask.dtype not in _MASK_DTYPES:
         raise TypeError(f"attention_mask: expected a bool or integer tensor, got {checks.describe(mask)}")
     batch, length, _ = x.shape
@@ -104,15 +142,12 @@ def _check_mask(mask: object, x: Tensor) -> None:
 def _check(token_embeddings: object, attention_mask: object, cu_seqlens: object, prompt_length: int) -> None:
     if cu_seqlens is not None:
         x = checks.floats("token_embeddings", token_embeddings, "[T, D] with cu_seqlens", (2,))
-        if attention_mask is not None:
-            raise ValueError("attention_mask: expected None with cu_seqlens, got both")
         checks.packed("cu_seqlens", cu_seqlens, "token_embeddings", x)
     else:
         x = checks.floats("token_embeddings", token_embeddings, "[B, L, D], or [T, D] with cu_seqlens", (3,))
         if attention_mask is not None:
             _check_mask(attention_mask, x)
-    if prompt_length < 0:
-        raise ValueError(f"prompt_length: expected 0 or more, got {prompt_length}")
+    checks.whole("prompt_length", prompt_length, 0)
 
 
 def pool(
@@ -149,23 +184,32 @@ def pool(
     Raises:
         TypeError, ValueError: naming the argument. On a GPU the values of cu_seqlens are not read but clamped.
 
-    Gradients: to token_embeddings; ``max`` passes it to the first largest token. Not differentiable twice; torch.func
-    transforms (vmap, jvp) are refused by PyTorch. Autocast does not change the result.
+    Gradients: to token_embeddings; ``max`` passes it to the first largest token; those of gradients by plain PyTorch.
+    torch.func transforms (vmap, jvp) are refused by PyTorch. Autocast does not change the result.
 
     Follows ``Pooling.forward`` and ``Normalize.forward`` of sentence-transformers 6.2.
     """
     modes = _mode_numbers(mode)
+    normalize = checks.flag("normalize", normalize)
+    if type(prompt_length) is not int:
+        prompt_length = checks.whole("prompt_length", prompt_length, 0)
+    if attention_mask is not None and cu_seqlens is not None:
+        raise ValueError("attention_mask: expected None with cu_seqlens, got both")
     other = cu_seqlens if attention_mask is None else attention_mask
     if not (checks.native(token_embeddings) and (other is None or getattr(other, "is_cpu", False))):
         _check(token_embeddings, attention_mask, cu_seqlens, prompt_length)
         if checks.needs_function(token_embeddings):
-            return _Pool.apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, normalize))
+            if normalize:
+                return _normalized(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length)
+            return _Pool.apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, False))
         return _pool(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length, normalize)
     # The compiled kernel refuses bad arguments by itself; the checks here only find the words for it.
     try:
         if token_embeddings.requires_grad and torch.is_grad_enabled():
-            return _apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, normalize))
+            if normalize:
+                return _normalized(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length)
+            return _apply(token_embeddings, attention_mask, cu_seqlens, (modes, prompt_length, False))
         return _pool.native(token_embeddings, attention_mask, cu_seqlens, modes, prompt_length, normalize)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, IndexError):
         _check(token_embeddings, attention_mask, cu_seqlens, prompt_length)
         raise

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sentfast import reference
-from sentfast.ops import checks
+from sentfast.ops import checks, twice
 from sentfast.reference import NORMALIZE_EPS, PAIRWISE_METRICS, accumulation_dtype
 from sentfast.registry import define, result_of
 
@@ -96,40 +95,52 @@ class _L2Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         x, norm = ctx.saved_tensors
+        if twice.wanted():
+            return *twice.gradients(_l2_normalize, (x,), (ctx.eps,), ctx.needs_input_grad[:1], grad), None
         return _l2_normalize_backward(grad, x, norm, ctx.eps), None
 
 
 class _DotSimilarity(torch.autograd.Function):
+    """Each side is kept for the gradient of the other alone."""
+
     @staticmethod
     def forward(ctx: Any, a, b):
-        ctx.save_for_backward(a, b)
+        needs_a, needs_b = ctx.needs_input_grad
+        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+        ctx.dtypes = a.dtype, b.dtype
         return _dot_similarity(a, b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         a, b = ctx.saved_tensors
-        grad_a = _dot_similarity(grad, b.mT).to(a.dtype) if ctx.needs_input_grad[0] else None
-        grad_b = _dot_similarity(grad.mT, a.mT).to(b.dtype) if ctx.needs_input_grad[1] else None
+        product = twice.differentiable(_dot_similarity)
+        grad_a = None if b is None else product(grad, b.mT).to(ctx.dtypes[0])
+        grad_b = None if a is None else product(grad.mT, a.mT).to(ctx.dtypes[1])
         return grad_a, grad_b
+
+
+def _kept(x: Tensor, needed: bool) -> Tensor:
+    """What a cosine keeps of a side: where it needs no gradient a copy, in place of the original's unit vectors."""
+    return x if needed else x.clone()
 
 
 class _CosineSimilarity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a, b, eps):
         scores, norm_a, norm_b = _cosine_similarity_forward(a, b, eps)
-        ctx.save_for_backward(a, b, norm_a, norm_b)
+        needs_a, needs_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(_kept(a, needs_a), _kept(b, needs_b), norm_a, norm_b)
         ctx.eps = eps
         return scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
         a, b, norm_a, norm_b = ctx.saved_tensors
         eps = ctx.eps
+        if twice.wanted():
+            return *twice.gradients(_cosine_similarity, (a, b), (eps,), ctx.needs_input_grad[:2], grad), None
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:  # through the matrix to the unit vectors, then through the normalisation
             grad_unit_a = _dot_similarity(grad, _l2_normalize(b, eps).mT)
@@ -144,20 +155,35 @@ class _PairwiseSimilarity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a, b, metric, eps):
         scores, norm_a, norm_b = _pairwise_similarity_forward(a, b, metric, eps)
-        ctx.save_for_backward(a, b, scores, norm_a, norm_b)
+        needs_a, needs_b, *_ = ctx.needs_input_grad
+        if metric == reference.DOT:
+            # Each side is kept for the gradient of the other alone, and stands in for one that is not read.
+            a, b = (a if needs_b else b), (b if needs_a else a)
+        else:
+            a, b = _kept(a, needs_a), _kept(b, needs_b)
+        # A copy, because the caller may change the scores in place, as those of sentence-transformers.
+        ctx.save_for_backward(a, b, scores.clone(), norm_a, norm_b)
         ctx.arguments = metric, eps
         return scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad):
-        grad_a, grad_b = _pairwise_similarity_backward(grad, *ctx.saved_tensors, *ctx.arguments)
-        return grad_a, grad_b, None, None
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        if twice.wanted() and ctx.arguments[0] != reference.DOT:
+            return *twice.gradients(_pairwise_similarity, saved[:2], ctx.arguments, needed, grad), None, None
+        grads = twice.differentiable(_pairwise_similarity_backward)(grad, *saved, *ctx.arguments)
+        return *(x if need else None for x, need in zip(grads, needed, strict=True)), None, None
 
 
-def _check_eps(eps: float) -> None:
-    if not eps >= _SMALLEST_EPS:
-        raise ValueError(f"eps: expected a number of at least {_SMALLEST_EPS}, got {eps}")
+def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands of the same distance that nobody else can change: a - b, as the original keeps it, and rows of zeros."""
+    acc = accumulation_dtype(a.dtype)
+    difference = a.to(acc) - b.to(acc)
+    return difference, difference.new_zeros(difference.shape[-1]).expand_as(difference)
+
+
+def _check_eps(eps: object) -> None:
+    checks.finite("eps", eps, _SMALLEST_EPS)
 
 
 def _check_pair(a: Tensor, b: Tensor, ndim: str) -> None:
@@ -199,12 +225,18 @@ def l2_normalize(x: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
         [..., D], contiguous, in x's dtype. The norm accumulates in float32 (float64 for float64) and is not rounded
         to a half dtype, so the result is nearer to the exact one than PyTorch's.
 
-    Gradients: to x, not differentiable twice; torch.func transforms are refused by PyTorch; autocast changes nothing.
+    Gradients: to x, those of gradients by plain PyTorch; torch.func transforms are refused by PyTorch; autocast
+    changes nothing.
 
     Follows ``torch.nn.functional.normalize(x, p=2, dim=-1)``.
     """
     checks.floats("x", x, "[..., D]")
     _check_eps(eps)
+    return normalized(x, eps)
+
+
+def normalized(x: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
+    """:func:`l2_normalize` of what is known to be right."""
     return _L2Normalize.apply(x, eps) if checks.needs_function(x) else _l2_normalize(x, eps)
 
 
@@ -220,13 +252,18 @@ def cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tenso
     Returns:
         [..., N, M]; float32 for float32 and half inputs (products and norms accumulate in float32), else float64.
 
-    Gradients: to a and b, not differentiable twice; torch.func transforms are refused by PyTorch; autocast changes
-    nothing.
+    Gradients: to a and b, those of gradients by plain PyTorch; torch.func transforms are refused by PyTorch; autocast
+    changes nothing.
 
     Follows ``sentence_transformers.util.cos_sim`` of 6.2, batched.
     """
     a, b = _matrices(a, b)
     _check_eps(eps)
+    return cosines(a, b, eps)
+
+
+def cosines(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:
+    """:func:`cosine_similarity` of two matrices that are known to fit."""
     return _CosineSimilarity.apply(a, b, eps) if checks.needs_function(a, b) else _cosine_similarity(a, b, eps)
 
 
@@ -239,12 +276,16 @@ def dot_similarity(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         [..., N, M]; float32 for float32 and half inputs (products accumulate in float32), else float64.
 
-    Gradients: to a and b, not differentiable twice; torch.func transforms are refused by PyTorch; autocast changes
-    nothing.
+    Gradients: to a and b, those of gradients by plain PyTorch; torch.func transforms are refused by PyTorch; autocast
+    changes nothing.
 
     Follows ``sentence_transformers.util.dot_score`` of 6.2, batched.
     """
-    a, b = _matrices(a, b)
+    return dots(*_matrices(a, b))
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`dot_similarity` of two matrices that are known to fit."""
     return _DotSimilarity.apply(a, b) if checks.needs_function(a, b) else _dot_similarity(a, b)
 
 
@@ -262,15 +303,14 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: str = "cosine", eps: float
     Returns:
         [...]; float32 for float32 and half inputs (sums accumulate in float32), else float64.
 
-    Gradients: to a and b; 0 for euclidean where a = b. Not differentiable twice; torch.func transforms are refused by
-    PyTorch; autocast changes nothing.
+    Gradients: to a and b; 0 for euclidean where a = b; those of gradients by plain PyTorch. torch.func transforms are
+    refused by PyTorch; autocast changes nothing.
 
     Follows the ``pairwise_*`` functions of ``sentence_transformers.util`` 6.2.
     """
     _check_pair(a, b, "[..., D]")
     _check_eps(eps)
-    if metric not in PAIRWISE_METRICS:
-        raise ValueError(f"metric: expected one of {PAIRWISE_METRICS}, got {metric!r}")
+    number = checks.one_of("metric", metric, PAIRWISE_METRICS)
     if a.shape != b.shape:
         if a.shape[-1] != b.shape[-1]:
             raise ValueError(f"b: expected {a.shape[-1]} columns as a has, got {checks.describe(b)}")
@@ -278,10 +318,16 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: str = "cosine", eps: float
             a, b = torch.broadcast_tensors(a, b)
         except RuntimeError:
             raise ValueError(f"b: expected a shape that broadcasts with {list(a.shape)}, got {list(b.shape)}") from None
-    number = PAIRWISE_METRICS.index(metric)
+    return pairwise(a, b, number, eps)
+
+
+def pairwise(a: Tensor, b: Tensor, metric: int, eps: float = NORMALIZE_EPS) -> Tensor:
+    """:func:`pairwise_similarity` of operands of one shape that are known to fit; metric: its place in the list."""
     if checks.needs_function(a, b):
-        return _PairwiseSimilarity.apply(a, b, number, eps)
-    return _pairwise_similarity(a, b, number, eps)
+        if metric in (reference.EUCLIDEAN, reference.MANHATTAN):
+            a, b = _difference(a, b)
+        return _PairwiseSimilarity.apply(a, b, metric, eps)
+    return _pairwise_similarity(a, b, metric, eps)
 
 
 def pairwise_cosine_similarity(a: Tensor, b: Tensor, eps: float = NORMALIZE_EPS) -> Tensor:

@@ -16,6 +16,7 @@ from sentfast.reference.layers import (
     gated_activation,
     linear_activation,
     linear_gated_activation,
+    norm_statistics,
     product,
     rotate_,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "l2_normalize_forward",
     "linear_activation",
     "linear_gated_activation",
+    "norm_statistics",
     "pack_panels",
     "pairwise_similarity_backward",
     "pairwise_similarity_forward",

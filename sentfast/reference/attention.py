@@ -81,14 +81,17 @@ def varlen_attention_forward(
     """
     call = _Call(cu_seqlens, bias, softmax_scale, left, right, dropout_p, seed, stream)
     acc = accumulation_dtype(q.dtype)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=acc)]
     for start, end in call.spans():
         scores = call.scores(q[start:end].to(acc), k[start:end].to(acc))
         weights = call.dropout(scores.softmax(dim=-1), start)
-        out[start:end] = torch.einsum("hij,jhd->ihd", weights, v[start:end].to(acc)).to(q.dtype)
-        lse[:, start:end] = scores.logsumexp(dim=-1)
-    return out, lse
+        outs.append(torch.einsum("hij,jhd->ihd", weights, v[start:end].to(acc)).to(q.dtype))
+        lses.append(scores.logsumexp(dim=-1))
+    # Rows of tokens that belong to no sequence, as a block of a CUDA graph has them, hold anything.
+    rest = q[int(cu_seqlens[-1]) :]
+    outs.append(torch.empty_like(rest))
+    lses.append(q.new_empty(q.shape[1], rest.shape[0], dtype=acc))
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def rotary_attention(

@@ -38,12 +38,18 @@ def dropout_add_layer_norm_forward(
         total = total + residual.to(acc)
     total = total.to(dtype)
     values = total.to(acc)
-    mean = values.mean(dim=-1)
-    rstd = ((values - mean.unsqueeze(-1)).square().mean(dim=-1) + eps).rsqrt()
+    mean, rstd = norm_statistics(total, acc, eps)
     y = (values - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * weight.to(acc)
     if bias is not None:
         y = y + bias.to(acc)
     return y.to(dtype), total, mean, rstd
+
+
+def norm_statistics(total: Tensor, acc: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and 1 / sqrt(var + eps) of the rows, in the dtype `acc`."""
+    values = total.to(acc)
+    mean = values.mean(dim=-1)
+    return mean, ((values - mean.unsqueeze(-1)).square().mean(dim=-1) + eps).rsqrt()
 
 
 def dropout_add_layer_norm_backward(

@@ -10,13 +10,14 @@ that reaches it, so its gradient is one product with the sum of their scores' gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sentfast.reference.loss_sides import Prefix, Side, prefixes_of, reciprocal, side_of, through_norms
 from sentfast.reference.precision import accumulation_dtype
-from sentfast.reference.similarity import NORMALIZE_EPS, dot_similarity
+from sentfast.reference.similarity import dot_similarity
 
 # The integers that stand for these in the operator's schema are their indices.
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -103,8 +104,8 @@ def _similarities(segment: Segment) -> Tensor:
 
 
 def _top(logits: Tensor) -> Tensor:
-    """The largest of each row, [rows, 1]; 0 where it is not finite."""
-    return logits.amax(dim=1, keepdim=True).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    """The largest of each row, [rows, 1], as a constant; 0 where it is not finite."""
+    return logits.detach().amax(dim=1, keepdim=True).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) 
         similarity, out = _similarities(segment), _left_out(segment, limits)
         logit = similarity * row.scale
         if segment.hardness != NO_HARDNESS:
-            logit = logit + torch.where(_penalised(segment), row.strength * similarity, 0)
+            logit = logit + torch.where(_penalised(segment), row.strength * similarity.detach(), 0)
         similarities.append(similarity)
         logits.append(logit.masked_fill(out, -torch.inf))
         outs.append(out)
@@ -143,82 +144,6 @@ def contrastive_rows(segments: list[Segment], row: Row, weights: Tensor | None) 
         segment.scores = gradient
         segment.scores = _similarities(segment)
     return losses, slopes
-
-
-@dataclass
-class Prefix:
-    """The first `end` columns of the embeddings, of which `columns` are not in a shorter prefix."""
-
-    end: int
-    columns: slice
-    factor: float  # of its losses
-
-
-def _prefixes(dims: list[int], dim_weights: list[float]) -> list[Prefix]:
-    begins = [0, *dims[:-1]]
-    return [
-        Prefix(dim, slice(begin, dim), weight) for begin, dim, weight in zip(begins, dims, dim_weights, strict=True)
-    ]
-
-
-@dataclass
-class Side:
-    """Embeddings with their norms, the gradient that they gather, their ids, and the guide's.
-
-    `norms` and `along` have a column for each prefix; `along` is how much of x lies in its gradient, with several
-    prefixes, where the gradient itself is a sum over them.
-    """
-
-    x: Tensor
-    norms: Tensor | None
-    gradient: Tensor | None
-    along: Tensor | None
-    ids: Tensor | None
-    guide: Tensor | None
-    guide_norm: Tensor | None
-
-    def rows(self, begin: int, end: int) -> Side:
-        return replace(self, **{name: x[begin:end] for name, x in vars(self).items() if x is not None})
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.to(accumulation_dtype(x.dtype)), dim=-1)
-
-
-def _reciprocal(norm: Tensor) -> Tensor:
-    return 1 / norm.clamp(min=NORMALIZE_EPS)
-
-
-def _side(
-    x: Tensor, prefixes: list[Prefix], cosine: bool, gradient: bool, ids: Tensor | None, guide: Tensor | None
-) -> Side:
-    dtype = accumulation_dtype(x.dtype)
-    norms = torch.stack([_norm(x[:, : prefix.end]) for prefix in prefixes], dim=1) if cosine else None
-    return Side(
-        x,
-        norms,
-        torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if gradient else None,
-        torch.zeros_like(norms) if gradient and norms is not None else None,
-        ids,
-        guide,
-        None if guide is None else _norm(guide),
-    )
-
-
-def _through_norms(side: Side, prefixes: list[Prefix]) -> Tensor:
-    """The gradient to x; below eps a norm is a constant, so nothing is taken away along x."""
-    assert side.gradient is not None
-    gradient = side.gradient
-    if side.norms is not None and side.along is not None:
-        x = side.x.to(gradient.dtype)
-        if len(prefixes) == 1:
-            columns = prefixes[0].columns
-            side.along[:, 0] = (x[:, columns] * gradient[:, columns]).sum(dim=-1)
-        along = torch.where(side.norms < NORMALIZE_EPS, 0, side.along * _reciprocal(side.norms) ** 2)
-        for k, prefix in enumerate(prefixes):
-            # A column is in its prefix and in all longer ones.
-            gradient[:, prefix.columns] -= x[:, prefix.columns] * along[:, k:].sum(dim=1, keepdim=True)
-    return gradient.to(side.x.dtype)
 
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -277,8 +202,8 @@ class Batch:
         if left.guide is not None and right.guide is not None:
             assert left.guide_norm is not None and right.guide_norm is not None
             guide = product(left.guide, right.guide)
-            guide *= _reciprocal(left.guide_norm).unsqueeze(1)
-            guide *= _reciprocal(right.guide_norm)
+            guide *= reciprocal(left.guide_norm).unsqueeze(1)
+            guide *= reciprocal(right.guide_norm)
         return Segment(
             scores=left.x.new_empty(0),
             guide=guide,
@@ -320,8 +245,8 @@ class Block:
             else:
                 self.products.append(found)
             segment.scores = self.products[n].clone() if keep else self.products[n]
-            segment.row_scale = None if left.norms is None else _reciprocal(left.norms[:, k])
-            segment.column_scale = None if right.norms is None else _reciprocal(right.norms[:, k])
+            segment.row_scale = None if left.norms is None else reciprocal(left.norms[:, k])
+            segment.column_scale = None if right.norms is None else reciprocal(right.norms[:, k])
 
     def add_moments(self, k: int) -> None:
         """What of the gradient of prefix k lies along the embeddings: the products, weighted by it."""
@@ -340,13 +265,15 @@ class Block:
 
 def _run(batch: Batch, row: Row, weights: Tensor | None, product: Product, rows: Rows) -> tuple[Tensor, Tensor]:
     """Losses [B] and slopes [B] of all rows; with weights the gradients are added to the sides'."""
-    losses, slopes = row.scale.new_zeros(2, len(batch.queries.x))
+    losses, slopes = [row.scale.new_zeros(0)], [row.scale.new_zeros(0)]
     with torch.autocast(row.scale.device.type, enabled=False):
         for begin, end in batch.blocks():
             block = Block.of(batch, begin, end, product)
             part = None if weights is None else weights[begin:end]
-            _run_block(block, batch.prefixes, row, part, losses[begin:end], slopes[begin:end], product, rows)
-    return losses, slopes
+            loss, slope = _run_block(block, batch.prefixes, row, part, product, rows)
+            losses.append(loss)
+            slopes.append(slope)
+    return torch.cat(losses), torch.cat(slopes)
 
 
 def _run_block(
@@ -354,18 +281,17 @@ def _run_block(
     prefixes: list[Prefix],
     row: Row,
     weights: Tensor | None,
-    losses: Tensor,
-    slopes: Tensor,
     product: Product,
     rows: Rows,
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    losses = slopes = row.scale.new_zeros(())
     gradients = []
     several = len(prefixes) > 1
     for k, prefix in enumerate(prefixes):
         block.score(k, prefix, several, product)
         loss, slope = rows(block.segments, row, None if weights is None else weights * prefix.factor)
-        losses += prefix.factor * loss
-        slopes += prefix.factor * slope
+        losses = losses + prefix.factor * loss
+        slopes = slopes + prefix.factor * slope
         if weights is None:
             continue
         if several:
@@ -376,6 +302,7 @@ def _run_block(
             for gradient, longer in zip(gradients[k], gradients.pop(), strict=True):
                 gradient += longer
         block.add_gradients(gradients[k], prefixes[k].columns, product)
+    return losses, slopes
 
 
 def _prepare(
@@ -403,12 +330,12 @@ def _prepare(
     dim_weights: list[float],
     workspace: int,
 ) -> tuple[Batch, Row]:
-    prefixes = _prefixes(dims, dim_weights)
-    left = _side(queries, prefixes, cosine, gradient, query_ids, guide_queries)
-    right = _side(documents, prefixes, cosine, gradient, document_ids, guide_documents)
+    prefixes = prefixes_of(dims, dim_weights)
+    left = side_of(queries, prefixes, cosine, gradient, query_ids, guide_queries)
+    right = side_of(documents, prefixes, cosine, gradient, document_ids, guide_documents)
     everyone = left
     if all_queries is not None:
-        everyone = _side(all_queries, prefixes, cosine, gradient, query_ids, guide_all_queries)
+        everyone = side_of(all_queries, prefixes, cosine, gradient, query_ids, guide_all_queries)
     query_offset = 0 if all_queries is None else offset
     batch = Batch(
         prefixes, left, right, everyone, offset, query_offset, positives, directions, per_direction, hardness, workspace
@@ -440,6 +367,6 @@ def contrastive_loss_forward(
         weights = row.scale.new_full((count,), 1 / max(count, 1))
     losses, slopes = _run(batch, row, weights, product, rows)
     given = batch.all_queries is not batch.queries
-    grad_queries, grad_documents = (_through_norms(side, batch.prefixes) for side in (batch.queries, batch.documents))
-    grad_all_queries = _through_norms(batch.all_queries, batch.prefixes) if given else batch.queries.x.new_empty(0)
+    grad_queries, grad_documents = (through_norms(side, batch.prefixes) for side in (batch.queries, batch.documents))
+    grad_all_queries = through_norms(batch.all_queries, batch.prefixes) if given else batch.queries.x.new_empty(0)
     return losses, grad_queries, grad_documents, grad_all_queries, (weights * slopes).sum()

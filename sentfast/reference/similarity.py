@@ -18,7 +18,8 @@ def normalize_backward(grad: Tensor, y: Tensor, norm: Tensor, eps: float = NORMA
     """(grad - y <y, grad>) / norm; below eps the denominator is a constant, so only grad / eps remains."""
     norm = norm.unsqueeze(-1)
     along = (y * grad).sum(dim=-1, keepdim=True)
-    return torch.where(norm < eps, grad / eps, (grad - y * along) / norm)
+    # The limit keeps the branch that is not taken finite: its own derivative would be NaN, and 0 times that as well.
+    return torch.where(norm < eps, grad / eps, (grad - y * along) / norm.clamp(min=eps))
 
 
 def l2_normalize_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

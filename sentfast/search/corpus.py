@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sentfast.ops import checks
 from sentfast.ops import search as ops
 from sentfast.search import arguments, files, inputs, segments
 from sentfast.search.results import Stats, TopK
@@ -81,9 +82,10 @@ class Corpus:
     def names(self, indices: Any) -> list[Any]:
         """The ids of rows, nested as `indices` are; None for -1. Without ids they are the numbers themselves."""
         if isinstance(indices, (Tensor, np.ndarray)):
-            indices = indices.tolist()
+            indices = indices.tolist() if indices.ndim == 0 else arguments.listed("indices", indices)
         if isinstance(indices, (list, tuple)):
             return [self.names(index) for index in indices]  # type: ignore[misc]
+        indices = checks.whole("indices", indices, -1, len(self) - 1)
         if indices < 0:
             return None  # type: ignore[return-value]
         return indices if self._ids is None else self._ids[indices]
@@ -126,17 +128,17 @@ class Corpus:
     ) -> TopK:
         """The k best rows for each query; see :func:`sentfast.search.topk`."""
         wanted = arguments.queries(queries, self.dim, self.device)
-        k = inputs.whole("k", k, 1, len(self))
+        k = checks.whole("k", k, 1, len(self))
         self.check()
         scores, indices, stats = segments.topk(
             self.segments,
             wanted,
             k,
             self.metric_of(metric),
-            threshold=None if threshold is None else inputs.number("threshold", threshold),
+            threshold=None if threshold is None else checks.number("threshold", threshold),
             highest=arguments.ceiling(ceiling, len(wanted), self.device),
             excluded=arguments.excluded(exclude, exclude_self, len(wanted), len(self), self.device),
-            progress="Searching" if progress else "",
+            progress="Searching" if checks.flag("progress", progress) else "",
         )
         self.check()
         self.stats += stats
@@ -149,9 +151,10 @@ class Corpus:
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Rows by their numbers, float32 [len(indices), D]; a copy."""
+        indices = arguments.listed("indices", indices)
         found = torch.empty(len(indices), self.dim, device=self.device)
         for place, index in enumerate(indices):
-            index = inputs.whole("indices", index, 0, len(self) - 1)
+            index = checks.whole("indices", index, 0, len(self) - 1)
             segment = next(segment for segment in reversed(self.segments) if segment.first <= index)
             found[place] = segment.rows[index - segment.first]
         return found
@@ -176,6 +179,7 @@ class Corpus:
 
         The file is complete or not there: it is written beside its place and renamed.
         """
+        path = arguments.path(path)
         self.check()
         tensors: dict[str, Tensor] = {}
         for number, segment in enumerate(self.segments):
@@ -198,6 +202,7 @@ class Corpus:
         Raises:
             CorpusFileError: the file is damaged, cut off, of another kind or of a newer format.
         """
+        path, mmap, verify = arguments.path(path), checks.flag("mmap", mmap), checks.flag("verify", verify)
         file = files.File(path, mapped=mmap, verify=verify)
         try:
             precision = arguments.precision(file.metadata["precision"])
@@ -244,8 +249,18 @@ def _names_to_tensors(ids: list[Any] | None) -> dict[str, Tensor]:
 
 
 def _names_from_tensors(tensors: dict[str, Tensor]) -> list[Any] | None:
+    """The reverse; a ValueError for anything that it cannot have made."""
     if "ids" in tensors:
-        return tensors["ids"].tolist()
+        ids = tensors["ids"]
+        if ids.dtype != torch.int64 or ids.ndim != 1:
+            raise ValueError(f"ids of {ids.dtype} and shape {list(ids.shape)}")
+        return ids.tolist()
     if "names" in tensors:
-        return json.loads(tensors["names"].numpy().tobytes())
+        try:
+            names = json.loads(tensors["names"].numpy().tobytes())
+        except RecursionError as error:
+            raise ValueError("names that are no list of texts") from error
+        if not isinstance(names, list) or not all(type(name) is str for name in names):
+            raise ValueError("names that are no list of texts")
+        return names
     return None

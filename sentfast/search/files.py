@@ -8,6 +8,7 @@ a byte of the data is used, and with `verify` the data too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -23,6 +24,8 @@ FORMAT = "sentfast.corpus"
 FORMAT_VERSION = 1
 _ALIGNMENT = 64
 _HEADER_LIMIT = 100_000_000  # that of the safetensors library
+_MOST = 2**62  # bytes of a tensor
+_MOST_DIMENSIONS = 8
 _BLOCK = 1 << 24  # bytes written and summed at a time
 _NAMES = {
     torch.float32: "F32",
@@ -39,6 +42,15 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 class CorpusFileError(ValueError):
     """The file is not a corpus, is damaged, is of a newer format, or has changed since it was opened."""
+
+
+def _is_strings(about: Any) -> bool:
+    return isinstance(about, dict) and "format" in about and all(isinstance(value, str) for value in about.values())
+
+
+def _is_counts(values: Any) -> bool:
+    """A list of whole numbers from 0 on; True and 2.0 are none."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -121,7 +133,7 @@ class File:
             self._stamp = self._stamp_now()
             self._start, head = self._read_header()
             self.metadata: dict[str, str] = head.pop("__metadata__")
-            sums = self._sums(head)
+            sums = self._sums(head, self.metadata.pop("crc32", ""))
             self.tensors = self._open(head)
             if verify:
                 self._verify(sums)
@@ -156,42 +168,64 @@ class File:
         length = int.from_bytes(first, "little")
         if len(first) < 8 or not 2 <= length <= min(_HEADER_LIMIT, self._stamp[0] - 8):
             raise self._error("expected a corpus saved by sentfast, got a file without its header (foreign or cut off)")
-        try:
-            head = json.loads(self._file.read(length))
-            about = head["__metadata__"]
-            if about["format"] != FORMAT:
-                raise ValueError(about["format"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._error("expected a corpus saved by sentfast, got another kind of file") from error
+        head = self._parsed(self._file.read(length))
+        about = head.get("__metadata__") if isinstance(head, dict) else None
+        if about is None or not _is_strings(about) or about["format"] != FORMAT:
+            raise self._error("expected a corpus saved by sentfast, got another kind of file")
         if about.get("version") != str(FORMAT_VERSION):
             version = about.get("version")
             raise self._error(f"expected format version {FORMAT_VERSION}, got {version}; a newer sentfast reads it")
-        if about.get("header") != _header_sum(head):
+        if (8 + length) % _ALIGNMENT or about.get("header") != self._header_sum(head):
             raise self._error("damaged: the header does not have its checksum")
         return 8 + length, head
 
-    def _sums(self, head: dict[str, Any]) -> dict[str, str]:
-        sums = json.loads(self.metadata["crc32"])
-        if sums.keys() != head.keys():
+    def _parsed(self, text: bytes | str) -> Any:
+        """None if it is no JSON, or is nested too deeply to be ours."""
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+
+    def _header_sum(self, head: dict[str, Any]) -> str:
+        try:
+            return _header_sum(head)
+        except RecursionError:
+            return ""
+
+    def _sums(self, head: dict[str, Any], text: str) -> dict[str, str]:
+        sums = self._parsed(text)
+        if not isinstance(sums, dict) or sums.keys() != head.keys():
             raise self._error("damaged: tensors without a checksum")
         return sums
+
+    def _bytes_of(self, name: str, entry: Any, start: int) -> int:
+        """The bytes of a tensor that begins at `start`, by its entry in the header."""
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._error(f"damaged: {name} is not described as a tensor")
+        shape, kind = entry["shape"], entry["dtype"]
+        if not isinstance(kind, str) or kind not in _DTYPES or not _is_counts(shape) or len(shape) > _MOST_DIMENSIONS:
+            raise self._error(f"damaged: {name} has no dtype and shape of a tensor")
+        # Not more than a file can have, whatever the sizes beside a 0 are.
+        size = math.prod(shape) * _DTYPES[kind].itemsize
+        if max(shape, default=0) > _MOST or size > _MOST:
+            raise self._error(f"damaged: {name} is larger than the file")
+        offsets = entry["data_offsets"]
+        if not _is_counts(offsets) or offsets != [start, start + size] or start % _DTYPES[kind].itemsize:
+            raise self._error(f"damaged: {name} lies elsewhere than its shape says")
+        return size
 
     def _open(self, head: dict[str, Any]) -> dict[str, Tensor]:
         """The tensors as views of the mapped file. The order of the header is that of the data."""
         size = self._stamp[0] - self._start
         end = 0
         for name, entry in head.items():
-            dtype, start, count = _DTYPES[entry["dtype"]], end, 1
-            for length in entry["shape"]:
-                count *= length
-            end = start + count * dtype.itemsize
-            if entry["data_offsets"] != [start, end]:
-                raise self._error(f"damaged: {name} lies elsewhere than its shape says")
+            end += self._bytes_of(name, entry, end)
         if end != size:
             kind = "cut off" if size < end else "damaged"
             raise self._error(f"{kind}: expected {end} bytes of data, got {size}")
         # Private pages: nothing that is written to a tensor reaches the file.
-        data = torch.from_numpy(np.memmap(self._file, np.uint8, "c", self._start, (size,)))
+        mapped = np.memmap(self._file, np.uint8, "c", self._start, (size,)) if size else np.empty(0, np.uint8)
+        data = torch.from_numpy(mapped)
         return {
             name: data[slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
             for name, entry in head.items()

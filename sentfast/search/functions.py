@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sentfast.ops import checks
 from sentfast.ops import search as ops
 from sentfast.search import arguments, inputs, segments
 from sentfast.search.corpus import Corpus
@@ -53,7 +54,7 @@ def topk(
 
     Follows ``sentence_transformers.util.semantic_search``.
     """
-    return searched(corpus, len(queries)).topk(
+    return searched(corpus, _count(queries)).topk(
         queries,
         k,
         metric=metric,
@@ -81,13 +82,14 @@ def pairs_above(
 
     Raises: as :func:`topk`.
     """
-    limit = inputs.number("threshold", threshold)
-    within = searched(queries if corpus is None else corpus, len(queries))
+    limit = checks.number("threshold", threshold)
+    name = "queries" if corpus is None else "corpus"
+    within = searched(queries if corpus is None else corpus, _count(queries), name)
     wanted = None if corpus is None else arguments.queries(queries, within.dim, within.device)
     none = torch.empty(0, dtype=torch.int64, device=within.device)
     counts, rows, scores = [none.new_zeros(1)], [none], [none.float()]
     stats = Stats()
-    for part, first in within.blocks(wanted, "Pairing" if progress else ""):
+    for part, first in within.blocks(wanted, "Pairing" if checks.flag("progress", progress) else ""):
         number, found, values, done = segments.pairs_above(
             within.segments, part, limit, within.metric_of(metric), first=first
         )
@@ -104,13 +106,13 @@ def count_above(
     queries: Any, corpus: Any, *, threshold: float, metric: Metric | None = None, progress: bool = False
 ) -> Any:
     """The number of rows with a score of at least `threshold`, int64 [Q]. Arguments and errors: as of :func:`topk`."""
-    within = searched(corpus, len(queries))
+    within = searched(corpus, _count(queries))
     counts, stats = segments.count_above(
         within.segments,
         arguments.queries(queries, within.dim, within.device),
-        inputs.number("threshold", threshold),
+        checks.number("threshold", threshold),
         within.metric_of(metric),
-        "Counting" if progress else "",
+        "Counting" if checks.flag("progress", progress) else "",
     )
     within.stats += stats
     return counts.cpu().numpy() if arguments.wants_numpy(queries) else counts
@@ -140,30 +142,33 @@ def hard_negatives(
 
     Returns, raises: as :func:`topk`. Follows ``sentence_transformers.util.mine_hard_negatives``.
     """
-    most = float("inf") if max_score is None else inputs.number("max_score", max_score)
-    ceiling = torch.full((len(queries),), most, device="cpu")
+    most = float("inf") if max_score is None else checks.number("max_score", max_score)
+    least = None if min_score is None else checks.number("min_score", min_score)
+    within = searched(corpus, _count(queries))
+    count = len(arguments.queries(queries, within.dim, within.device))
+    if arguments.excluded(positives, False, count, len(within), torch.device("cpu"), "positives") is None:
+        raise TypeError("positives: expected one index or a list of them for each query, got None")
+    ceiling = torch.full((count,), most, device="cpu")
     if absolute_margin is not None or relative_margin is not None:
-        lowest = _positive_scores(queries, corpus, positives, metric)
+        lowest = _positive_scores(queries, within, positives, metric)
         if absolute_margin is not None:
-            ceiling = torch.minimum(ceiling, lowest - inputs.number("absolute_margin", absolute_margin))
+            ceiling = torch.minimum(ceiling, lowest - checks.number("absolute_margin", absolute_margin))
         if relative_margin is not None:
-            margin = lowest.abs() * inputs.number("relative_margin", relative_margin)
+            margin = lowest.abs() * checks.number("relative_margin", relative_margin)
             ceiling = torch.minimum(ceiling, lowest - margin)
-    return topk(
+    return within.topk(
         queries,
-        corpus,
         k,
         metric=metric,
-        threshold=min_score,
+        threshold=least,
         exclude=positives,
         ceiling=ceiling,
         progress=progress,
     )
 
 
-def _positive_scores(queries: Any, corpus: Any, positives: Any, metric: str | None) -> Tensor:
+def _positive_scores(queries: Any, within: Corpus, positives: Any, metric: str | None) -> Tensor:
     """The lowest score of each query with its positives, on the CPU; infinite where it has none."""
-    within = searched(corpus, 0)
     wanted = arguments.queries(queries, within.dim, within.device)
     right = arguments.excluded(positives, False, len(wanted), len(within), torch.device("cpu"))
     assert right is not None
@@ -177,10 +182,11 @@ def _positive_scores(queries: Any, corpus: Any, positives: Any, metric: str | No
     return lowest
 
 
-def searched(corpus: Any, queries: int) -> Corpus:
+def searched(corpus: Any, queries: int, name: str = "corpus") -> Corpus:
     """The corpus; rows that are no Corpus yet become one for this search."""
-    return corpus if isinstance(corpus, Corpus) else Corpus.for_one_search(arguments.rows("corpus", corpus), queries)
+    return corpus if isinstance(corpus, Corpus) else Corpus.for_one_search(arguments.rows(name, corpus), queries)
 
 
 def _count(queries: Any) -> int:
-    return len(queries)
+    """How many there are, which decides how they are searched for; what is no matrix is refused later."""
+    return len(queries) if isinstance(queries, Corpus) else len(inputs.matrix("queries", queries))

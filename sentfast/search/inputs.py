@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sentfast.ops import checks
+
 HALF = (torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
 
@@ -15,8 +17,7 @@ DEVICES = ("cpu", "cuda")
 def matrix(name: str, x: Any) -> Tensor:
     """x as float32 [N, D]; a view where it is one already. One vector counts as a matrix of one row."""
     rows = _tensor(name, x)
-    if rows.layout != torch.strided:
-        raise TypeError(f"{name}: expected dense rows, got layout {rows.layout}")
+    checks.dense(name, rows)
     if rows.device.type not in DEVICES:
         raise ValueError(f"{name}: expected rows on a device of {DEVICES}, got a tensor on {rows.device}")
     if rows.dtype in HALF:
@@ -36,13 +37,13 @@ def _tensor(name: str, x: Any) -> Tensor:
     if isinstance(x, np.ndarray):
         return _view(name, x)
     if isinstance(x, (list, tuple)):
-        if len(x) and all(isinstance(row, Tensor) for row in x):
-            return torch.stack(list(x))
-        if len(x) and all(isinstance(row, np.ndarray) for row in x):
-            return _view(name, np.stack(x))
         try:
+            if len(x) and all(isinstance(row, Tensor) for row in x):
+                return torch.stack(list(x))
+            if len(x) and all(isinstance(row, np.ndarray) for row in x):
+                return _view(name, np.stack(x))
             return torch.tensor(x)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name}: expected rows of one length made of numbers; {error}") from error
     raise TypeError(f"{name}: expected a tensor, an array or a list of rows, got {type(x).__name__}")
 
@@ -76,21 +77,3 @@ def on_device(name: str, rows: Tensor, given: Any, device: torch.device) -> Tens
 def same_columns(name: str, x: Tensor, other_name: str, columns: int) -> None:
     if x.shape[1] != columns:
         raise ValueError(f"{name}: expected the {columns} columns of {other_name}, got {x.shape[1]}")
-
-
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """value as an int of the range."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        wanted = f"{low} to {high}" if high is not None else f"at least {low}"
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
-    return int(value)
-
-
-def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if value != value:
-        raise ValueError(f"{name}: expected a number, got NaN")
-    return float(value)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sentfast.search import arguments, inputs, segments
+from sentfast.ops import checks
+from sentfast.search import arguments, segments
 from sentfast.search.corpus import Corpus
 from sentfast.search.functions import Metric, searched
 from sentfast.search.results import Stats, TopPairs
@@ -33,8 +34,10 @@ def top_pairs(corpus: Any, count: int, *, metric: Metric | None = None, progress
 
     Raises: as :func:`sentfast.search.topk`.
     """
-    within = searched(corpus, len(corpus))
-    count = min(inputs.whole("count", count, 1), len(within) * (len(within) - 1) // 2)
+    within = corpus if isinstance(corpus, Corpus) else arguments.rows("corpus", corpus)
+    within = searched(within, len(within))
+    checks.flag("progress", progress)
+    count = min(checks.whole("count", count, 1), len(within) * (len(within) - 1) // 2)
     wanted = within.metric_of(metric)
     aim, stats = _MARGIN, Stats()
     while True:

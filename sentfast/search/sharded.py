@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sentfast.search import arguments, inputs
+from sentfast.ops import checks
+from sentfast.search import arguments
 from sentfast.search.corpus import Corpus
 from sentfast.search.results import Stats, TopK, best
 
@@ -21,8 +22,12 @@ class ShardedCorpus:
     """
 
     def __init__(self, corpus: Corpus, group: Any = None):
+        if not isinstance(corpus, Corpus):
+            raise TypeError(f"corpus: expected a Corpus, got {checks.describe(corpus)}")
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("ShardedCorpus: expected torch.distributed.init_process_group to have been called")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group: expected a torch.distributed group or None, got {checks.describe(group)}")
         self.corpus, self.group = corpus, group
         shapes = _gathered((len(corpus), corpus.dim), group)
         if len({columns for _, columns in shapes}) > 1:
@@ -38,18 +43,30 @@ class ShardedCorpus:
     def dim(self) -> int:
         return self.corpus.dim
 
-    def topk(self, queries: Any, k: int, **options: Any) -> TopK:
+    def topk(
+        self,
+        queries: Any,
+        k: int,
+        *,
+        metric: str | None = None,
+        threshold: float | None = None,
+        ceiling: Any = None,
+        progress: bool = False,
+    ) -> TopK:
         """The k best rows of all processes, the same result in each: see :func:`sentfast.search.topk`.
 
-        Every process makes the same call with the same queries. `options` are those of ``Corpus.topk`` but for the
-        exclusions.
+        Every process makes the same call with the same queries.
         """
-        unknown = options.keys() - {"metric", "threshold", "ceiling", "progress"}
-        if unknown:
-            raise TypeError(f"topk: unexpected {', '.join(sorted(unknown))}")
         wanted = arguments.queries(queries, self.dim, self.corpus.device)
-        k = inputs.whole("k", k, 1, len(self))
-        local = self.corpus.topk(wanted, min(k, len(self.corpus)), **options)
+        k = checks.whole("k", k, 1, len(self))
+        local = self.corpus.topk(
+            wanted,
+            min(k, len(self.corpus)),
+            metric=metric,
+            threshold=threshold,
+            ceiling=ceiling,
+            progress=progress,
+        )
         indices = torch.where(local.indices >= 0, local.indices + self.first, -1)
         parts = _gathered((local.scores.cpu(), indices.cpu(), local.stats), self.group)
         scores, indices = best(torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1), k)

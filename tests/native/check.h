@@ -26,7 +26,24 @@ inline std::mt19937_64& generator() {
   return engine;
 }
 
+// What a fuzzer wants drawn, before the generator draws.
+struct Choices {
+  const uint8_t* data;
+  size_t left;
+};
+inline Choices& choices() {
+  static Choices value = {nullptr, 0};
+  return value;
+}
+
 inline int64_t integer(int64_t low, int64_t high) {
+  Choices& c = choices();
+  if (c.left >= 2) {
+    const int64_t chosen = c.data[0] | c.data[1] << 8;
+    c.data += 2;
+    c.left -= 2;
+    return low + chosen % (high - low + 1);
+  }
   return std::uniform_int_distribution<int64_t>(low, high)(generator());
 }
 

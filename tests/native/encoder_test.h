@@ -100,7 +100,7 @@ inline void run_linear(LinearFn kernel, const Linear& p, int64_t rows) {
   const int64_t middle = integer(0, rows), panels = (p.columns + kPanel - 1) / kPanel;
   in_threads(panels, [&](int64_t begin, int64_t end) {
     for (const auto& span : {std::make_pair(int64_t{0}, middle), std::make_pair(middle, rows)}) {
-      const Buffer<float> scratch(linear_scratch(span.second - span.first));
+      const Buffer<float> scratch(linear_scratch(span.second - span.first, p.depth));
       kernel(p, {span.first, span.second, begin, end, scratch.get()});
     }
   });
@@ -110,7 +110,7 @@ template <class E, class Out>
 void test_linear() {
   constexpr bool pairs = dtype<E>() == Dtype::BFloat16;
   const bool deep = integer(0, 3) == 0, exact = integer(0, 1) == 0, with_bias = integer(0, 2) != 0;
-  const int64_t rows = integer(1, deep ? 9 : 20), columns = integer(1, deep ? 70 : 200);
+  const int64_t rows = integer(1, deep ? 9 : 50), columns = integer(1, deep ? 130 : 200);
   const int64_t depth = deep ? integer(250, 1100) * integer(1, 2) : integer(2, 100);
   const int64_t even = pairs ? (depth + 1) / 2 * 2 : depth;
   const int64_t stride_x = even + 2 * integer(0, 1), stride_y = columns + integer(0, 3);
@@ -134,6 +134,19 @@ void test_linear() {
              {columns, depth, x.get(), stride_x, laid_out.get(), stride_weight, with_bias ? bias.get() : nullptr,
               activation, y.get(), stride_y},
              rows);
+  if (stride_weight > 0) {  // where the weight lies must not change a bit
+    const Buffer<E> panels = pack(weight, columns, depth);
+    const Buffer<Out> other(rows * columns);
+    run_linear(linear_kernel<E, Out>(),
+               {columns, depth, x.get(), stride_x, panels.get(), 0, with_bias ? bias.get() : nullptr, activation,
+                other.get(), columns},
+               rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        within("linear, in place and from panels", widen(y[i * stride_y + j]), widen(other[i * columns + j]), 0);
+      }
+    }
+  }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       double sum = with_bias ? bias[j] : 0, size = std::fabs(sum);
@@ -188,20 +201,23 @@ struct AttentionCase {
   Buffer<float> bias{0}, lse{0};
   int64_t stride, sequences, tokens = 0, longest = 0;
 
-  AttentionCase() {
+  // A head size that is given goes with a few short sequences, so that all sizes are tried in little time.
+  explicit AttentionCase(int64_t head_dim = 0) {
     constexpr int64_t lengths[] = {0, 1, 2, 15, 16, 17, 18, 63, 64, 65, 66, 130};
-    constexpr int64_t head_dims[] = {8, 16, 24, 32, 64, 96, 128}, windows[] = {-1, -1, 0, 1, 5, 64};
-    p.head_dim = head_dims[integer(0, 6)];
-    p.heads = integer(1, std::max<int64_t>(1, 64 / p.head_dim));
+    constexpr int64_t windows[] = {-1, -1, 0, 1, 5, 64};
+    constexpr int64_t pair = sizeof(float) / sizeof(E);
+    const bool given = head_dim > 0;
+    p.head_dim = given ? head_dim : pair * integer(1, 128 / pair);
+    p.heads = given ? integer(1, 2) : integer(1, std::max<int64_t>(1, 64 / p.head_dim));
     p.left = windows[integer(0, 5)];
     p.right = integer(0, 1) == 0 ? p.left : windows[integer(0, 5)];
     p.first_row_only = integer(0, 3) == 0;
     p.scale = (integer(0, 3) == 0 ? 8.0f : 1.0f) / std::sqrt(static_cast<float>(p.head_dim));
-    sequences = integer(1, 4);
+    sequences = given ? integer(1, 2) : integer(1, 4);
     cu_seqlens = Buffer<int32_t>(sequences + 1);
     cu_seqlens[0] = 0;
     for (int64_t i = 0; i < sequences; ++i) {
-      const int64_t length = lengths[integer(0, 11)];
+      const int64_t length = given ? integer(1, 40) : lengths[integer(0, 11)];
       longest = std::max(longest, length);
       cu_seqlens[i + 1] = static_cast<int32_t>(tokens += length);
     }
@@ -283,8 +299,8 @@ void check_attention_row(const AttentionCase<E>& c, int64_t sequence, int64_t he
 }
 
 template <class E>
-void test_attention() {
-  const AttentionCase<E> c;
+void test_attention(int64_t head_dim = 0) {
+  const AttentionCase<E> c(head_dim);
   in_threads(c.sequences * c.p.heads, [&](int64_t begin, int64_t end) {
     const Buffer<char> scratch(attention_scratch(c.longest, c.p.head_dim));
     std::memset(scratch.get(), 0xff, static_cast<size_t>(scratch.n));  // NaN

@@ -55,14 +55,28 @@ void test_encoder() {
   check::test_product();
 }
 
+// A tile of every width, and of every width beside whole ones.
+template <class E>
+void test_head_sizes() {
+  for (int64_t head_dim = 8; head_dim <= 320; head_dim += 8) {
+    check::test_attention<E>(head_dim);
+    check::test_attention_backward<E>(head_dim);
+  }
+}
+
 }  // namespace
 
+// check [ROUNDS [best]]: all instruction sets that there are, or the one that would be chosen.
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
   using namespace sentfast::cpu;
+  const bool best = argc > 2;
+  const int chosen = static_cast<int>(isa());
   for (int i = 0; i < kIsas; ++i) {
-    if (!isa_supported(static_cast<Isa>(i))) continue;
+    if (!isa_supported(static_cast<Isa>(i)) || (best && i != chosen)) continue;
     set_isa(isa_name(static_cast<Isa>(i)));
+    test_head_sizes<float>();
+    test_head_sizes<BFloat16>();
     for (int round = 0; round < rounds; ++round) {
       test_dtype<float>();
       test_dtype<BFloat16>();
@@ -74,6 +88,7 @@ int main(int argc, char** argv) {
     }
     std::printf("%s done\n", isa_name(static_cast<Isa>(i)));
   }
+  if (best) std::printf("%s: ", isa_name(static_cast<Isa>(chosen)));
   std::printf("%lld passed, %lld failed\n", static_cast<long long>(check::counts().passed),
               static_cast<long long>(check::counts().failed));
   return check::counts().failed == 0 ? 0 : 1;

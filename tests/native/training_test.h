@@ -268,8 +268,8 @@ HeadGradient head_gradient(const AttentionCase<E>& c, const Dropout& dropout, co
 }
 
 template <class E>
-void test_attention_backward() {
-  AttentionCase<E> c;
+void test_attention_backward(int64_t head_dim = 0) {
+  AttentionCase<E> c(head_dim);
   for (int64_t i = 0; i < c.qkv.n; ++i) {
     if (std::isnan(widen(c.qkv[i]))) c.qkv[i] = narrow<E>(0.5f);  // its spreading is tested in Python
   }

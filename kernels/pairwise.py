@@ -1,4 +1,4 @@
-"""L2 normalisation and pairwise similarity in Triton: kernels that go row by row."""
+"""Similarity of row i with row i in Triton, in one pass over both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from sentfast import reference
 from sentfast.registry import implements
 
+from .normalize import at_least, root, term
 from .triton_utils import batch_offset, loop_bound, merge_batch, on_device, row_tile
 
 COSINE = tl.constexpr(reference.COSINE)
@@ -19,160 +20,9 @@ MANHATTAN = tl.constexpr(reference.MANHATTAN)
 
 
 @triton.jit
-def at_least(norm, eps):
-    """max(norm, eps) that keeps NaN."""
-    return tl.where(norm < eps, eps, norm)
-
-
-# ---- normalisation ----------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _normalize_kernel(
-    x,
-    y,
-    norm,
-    rows,
-    columns,
-    size_1,
-    size_2,
-    x_stride_0,
-    x_stride_1,
-    x_stride_2,
-    x_column_stride,
-    eps,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, BLOCK_D).to(tl.int64)
-    x += batch_offset(row, size_1, size_2, x_stride_0, x_stride_1, x_stride_2)[:, None]
-    square = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for block in range(0, loop_bound(columns), BLOCK_D):
-        column = (block + lane)[None, :]
-        inside = (row < rows)[:, None] & (column < columns)
-        value = tl.load(x + column * x_column_stride, mask=inside, other=0.0).to(tl.float32)
-        square += value * value
-    length = tl.sqrt_rn(tl.sum(square, 1))
-    tl.store(norm + row, length, mask=row < rows)
-    divisor = at_least(length, eps)[:, None]
-    for block in range(0, loop_bound(columns), BLOCK_D):
-        column = (block + lane)[None, :]
-        inside = (row < rows)[:, None] & (column < columns)
-        value = tl.load(x + column * x_column_stride, mask=inside, other=0.0).to(tl.float32)
-        unit = tl.div_rn(value, tl.broadcast_to(divisor, [ROWS, BLOCK_D]))
-        tl.store(y + row[:, None] * columns + column, unit.to(y.dtype.element_ty), mask=inside)
-
-
-def normalize_rows(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / max(||x||, eps) along the last dimension, rounded to dtype, and the norms in float32."""
-    y = x.new_empty(x.shape, dtype=dtype)
-    norm = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    if norm.numel():
-        (x,), inner, (stride,) = merge_batch([x], x.ndim - 1)
-        tile = row_tile(x.shape[-1])
-        with on_device(x):
-            _normalize_kernel[(triton.cdiv(norm.numel(), tile["ROWS"]),)](
-                x, y, norm, norm.numel(), x.shape[-1], *inner, *stride, x.stride(-1), eps, **tile
-            )
-    return y, norm
-
-
-@implements("l2_normalize_forward")
-def l2_normalize_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return normalize_rows(x, eps, x.dtype)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _normalize_backward_kernel(
-    grad,
-    x,
-    norm,
-    grad_x,
-    rows,
-    columns,
-    size_1,
-    size_2,
-    grad_stride_0,
-    grad_stride_1,
-    grad_stride_2,
-    grad_column_stride,
-    x_stride_0,
-    x_stride_1,
-    x_stride_2,
-    x_column_stride,
-    norm_stride_0,
-    norm_stride_1,
-    norm_stride_2,
-    eps,
-    UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """UNIT: x holds the normalised vectors already."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, BLOCK_D).to(tl.int64)
-    grad += batch_offset(row, size_1, size_2, grad_stride_0, grad_stride_1, grad_stride_2)[:, None]
-    x += batch_offset(row, size_1, size_2, x_stride_0, x_stride_1, x_stride_2)[:, None]
-    norm += batch_offset(row, size_1, size_2, norm_stride_0, norm_stride_1, norm_stride_2)
-    length = tl.load(norm, mask=row < rows, other=1.0)[:, None]
-    divisor = at_least(length, eps)
-    product = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for block in range(0, loop_bound(columns), BLOCK_D):
-        column = (block + lane)[None, :]
-        inside = (row < rows)[:, None] & (column < columns)
-        unit = tl.load(x + column * x_column_stride, mask=inside, other=0.0).to(tl.float32)
-        if not UNIT:
-            unit = unit / divisor
-        product += unit * tl.load(grad + column * grad_column_stride, mask=inside, other=0.0).to(tl.float32)
-    # Below eps the divisor is a constant, so the part along the vector stays.
-    along = tl.sum(product, 1)[:, None]
-    for block in range(0, loop_bound(columns), BLOCK_D):
-        column = (block + lane)[None, :]
-        inside = (row < rows)[:, None] & (column < columns)
-        unit = tl.load(x + column * x_column_stride, mask=inside, other=0.0).to(tl.float32)
-        if not UNIT:
-            unit = unit / divisor
-        value = tl.load(grad + column * grad_column_stride, mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(length < eps, value, value - unit * along) / divisor
-        tl.store(grad_x + row[:, None] * columns + column, value.to(grad_x.dtype.element_ty), mask=inside)
-
-
-def normalize_rows_backward(
-    grad: Tensor, x: Tensor, norm: Tensor, eps: float, dtype: torch.dtype, *, unit: bool
-) -> Tensor:
-    """Gradient of :func:`normalize_rows` to its input, in dtype. unit: x is the output, not the input."""
-    grad_x = x.new_empty(x.shape, dtype=dtype)
-    if grad_x.numel():
-        (grad, x, norm), inner, strides = merge_batch([grad, x, norm], x.ndim - 1)
-        tile = row_tile(x.shape[-1])
-        with on_device(x):
-            _normalize_backward_kernel[(triton.cdiv(norm.numel(), tile["ROWS"]),)](
-                grad,
-                x,
-                norm,
-                grad_x,
-                norm.numel(),
-                x.shape[-1],
-                *inner,
-                *strides[0],
-                grad.stride(-1),
-                *strides[1],
-                x.stride(-1),
-                *strides[2],
-                eps,
-                UNIT=unit,
-                **tile,
-            )
-    return grad_x
-
-
-@implements("l2_normalize_backward")
-def l2_normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    return normalize_rows_backward(grad, x, norm, eps, x.dtype, unit=False)
-
-
-# ---- pairwise similarity ----------------------------------------------------------------------------------------
+def in_range(norms):
+    """Whether a sum of products of two rows has lost nothing to float32's range, by the product of their norms."""
+    return (norms >= 1e-30) & (norms < float("inf"))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -196,6 +46,7 @@ def _pairwise_kernel(
     b_column_stride,
     eps,
     METRIC: tl.constexpr,
+    ONE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -213,23 +64,39 @@ def _pairwise_kernel(
         value_a = tl.load(a + column * a_column_stride, mask=inside, other=0.0).to(tl.float32)
         value_b = tl.load(b + column * b_column_stride, mask=inside, other=0.0).to(tl.float32)
         if METRIC == EUCLIDEAN:
-            total += (value_a - value_b) * (value_a - value_b)
+            total += term(value_a - value_b, ONE)
         elif METRIC == MANHATTAN:
             total += tl.abs(value_a - value_b)
         else:
             total += value_a * value_b
         if METRIC == COSINE:
-            square_a += value_a * value_a
-            square_b += value_b * value_b
+            square_a += term(value_a, ONE)
+            square_b += term(value_b, ONE)
     score = tl.sum(total, 1)
     if METRIC == COSINE:
-        length_a = tl.sqrt_rn(tl.sum(square_a, 1))
-        length_b = tl.sqrt_rn(tl.sum(square_b, 1))
+        length_a = root(tl.sum(square_a, 1), ONE)
+        length_b = root(tl.sum(square_b, 1), ONE)
         tl.store(norm_a + row, length_a, mask=row < rows)
         tl.store(norm_b + row, length_b, mask=row < rows)
-        score = score / at_least(length_a, eps) / at_least(length_b, eps)
+        divisor_a = at_least(length_a, eps)
+        divisor_b = at_least(length_b, eps)
+        score = score / divisor_a / divisor_b
+        outside = row < rows
+        if not ONE:  # whose cosine is 1 or -1, which is not left to roundings
+            outside = outside & ~in_range(length_a * length_b)
+        if tl.max(outside.to(tl.int32), 0) > 0:
+            # Rare: each element is divided before it is multiplied.
+            total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for block in range(0, loop_bound(columns), BLOCK_D):
+                column = (block + lane)[None, :]
+                inside = (row < rows)[:, None] & (column < columns)
+                value_a = tl.load(a + column * a_column_stride, mask=inside, other=0.0).to(tl.float32)
+                value_b = tl.load(b + column * b_column_stride, mask=inside, other=0.0).to(tl.float32)
+                unit = (value_a / divisor_a[:, None]) * (value_b / divisor_b[:, None])
+                total += tl.where(inside, unit, 0.0)
+            score = tl.where(outside, tl.sum(total, 1), score)
     elif METRIC == EUCLIDEAN:
-        score = -tl.sqrt_rn(score)
+        score = -root(score, ONE)
     elif METRIC == MANHATTAN:
         score = -score
     tl.store(scores + row, score, mask=row < rows)
@@ -259,6 +126,7 @@ def pairwise_similarity_forward(a: Tensor, b: Tensor, metric: int, eps: float) -
                 b.stride(-1),
                 eps,
                 METRIC=metric,
+                ONE=a.shape[-1] == 1,
                 **tile,
             )
     return scores, norm_a, norm_b

@@ -1,0 +1,172 @@
+"""The original against the encoder, on a few short sequences, before a model runs packed for the first time.
+
+The original runs on a twin: the same classes, parameters and buffers in other module objects, in evaluation mode and
+without hooks. So nothing of the model is touched, no gradient is recorded and no random number is drawn.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sentfast import switch
+from sentfast.encoder.examine import Parts, Refusal, examine
+from sentfast.encoder.tables import Tables
+from sentfast.encoder.training import token_embeddings
+from sentfast.report import uncounted, warn
+
+# The largest difference allowed, relative to the largest number of the original's result. Two ways to round differ by
+# some 1e-6 in float32; a patch that changes less than this changes nothing that embeddings are used for.
+ALLOWED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Lengths of the sequences; the first is longer where layers see a window only, so that it matters.
+_LENGTHS = (11, 1, 6)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Run = Callable[..., Tensor]
+_Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _verify(model: nn.Module, parts: Parts, runs: list[tuple[torch.dtype, Run]]) -> Refusal | None:
+    """Why a model cannot be accelerated: one of the `runs`, in products of such a dtype, differs from the original.
+
+    run: from int32 ids, cu_seqlens, token types and positions, both or None, on the CPU to token embeddings [T, H].
+    """
+    kind = parts.device.type
+    with (
+        uncounted(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(kind, enabled=False),
+    ):
+        copy = twin(model)
+        if "pooler" in vars(copy)["_modules"]:
+            copy.pooler = None  # it runs as it is
+        tried = [_ragged(parts), _last_positions(parts)]
+        if "position_ids" not in inspect.signature(type(model).forward).parameters:
+            tried.pop()
+        for inputs in filter(None, tried):
+            try:
+                expected = _original(copy, parts, inputs)
+            except Exception as error:
+                return Refusal("SF129", f"the original code does not run: {type(error).__name__}: {error}")
+            for dtype, run in runs:
+                worst = difference(run(*inputs), expected)
+                if not worst <= ALLOWED[dtype]:
+                    where = "largest difference by the largest number of the original"
+                    return Refusal("SF129", f"{where}: {worst:.2g}, allowed {ALLOWED[dtype]:g}")
+    return None
+
+
+def try_encoders(model: nn.Module, parts: Parts, tried: list[Any]) -> Refusal | None:
+    """Whether encoders of the model agree with the original code; else why it cannot be accelerated."""
+    found = []
+    for encoder in tried:
+
+        def run(ids: Tensor, ends: Tensor, types: Any, positions: Any, encoder: Any = encoder) -> Tensor:
+            return encoder.run(ids, ends, token_type_ids=types, position_ids=positions)
+
+        # The coarser of the products' dtype and the model's.
+        found.append((_DTYPES[encoder.precision] if parts.dtype == torch.float32 else parts.dtype, run))
+    return _told(model, _verify(model, parts, found))
+
+
+def try_steps(model: nn.Module) -> Refusal | None:
+    """The same for the steps that a training runs, on the twin's modules, which drop nothing."""
+    parts = examine(twin(model))
+    if isinstance(parts, Refusal):
+        return _told(model, parts)
+    device, tables = parts.device, parts.tables
+
+    def run(ids: Tensor, ends: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
+        positions = tables.count_positions(ids, ends) if positions is None else positions
+        longest, types = int(ends.diff().max()), None if types is None else types.to(device)
+        return token_embeddings(parts, ids.to(device), ends.to(device), longest, types, positions.to(device))
+
+    return _told(model, _verify(model, parts, [(parts.dtype, run)]))
+
+
+def _told(model: nn.Module, refusal: Refusal | None) -> Refusal | None:
+    if refusal is not None:
+        warn(f"{type(model).__name__} runs its own code: {refusal.detail} [{refusal.code}]")
+    return refusal
+
+
+def twin(module: nn.Module, known: dict[int, nn.Module] | None = None) -> Any:
+    """Other module objects around the same parameters and buffers, in evaluation mode and without hooks."""
+    known = {} if known is None else known
+    if id(module) in known:
+        return known[id(module)]
+    made = known[id(module)] = type(module).__new__(type(module))
+    space = vars(made)
+    space.update(vars(module))
+    for name, value in space.items():
+        if "_hooks" in name and isinstance(value, dict):
+            space[name] = OrderedDict()
+    for name in ("_parameters", "_buffers"):
+        space[name] = space[name].copy()
+    space["_modules"] = {
+        name: None if child is None else twin(child, known) for name, child in vars(module)["_modules"].items()
+    }
+    space["training"] = False
+    return made
+
+
+def _ragged(parts: Parts) -> _Inputs:
+    longest = max(_LENGTHS[0], *(window + 4 for window in parts.windows or (0,)))
+    return example(parts.tables, [max(min(n, parts.tables.max_length), 1) for n in (longest, *_LENGTHS[1:])], None)
+
+
+def _last_positions(parts: Parts) -> _Inputs | None:
+    """The end of the position table, which no short sequence reaches by itself."""
+    tables = parts.tables
+    if tables.max_length < 3 or parts.bias is not None:
+        return None
+    positions = torch.arange(tables.positions - 3, tables.positions, dtype=torch.int32)
+    return example(tables, [3], positions)
+
+
+def example(tables: Tables, lengths: list[int], positions: Tensor | None) -> _Inputs:
+    """Ids from all over the vocabulary, the first and the last among them, but no padding; some of each token type."""
+    total = sum(lengths)
+    ids = (torch.arange(total) * 7919 + tables.vocabulary_size - 1) % tables.vocabulary_size
+    if tables.padding_idx is not None:
+        ids = torch.where(ids == tables.padding_idx, (ids + 1) % tables.vocabulary_size, ids)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    types = (torch.arange(total) // 2 % tables.token_types).int() if tables.token_types > 1 else None
+    return ids.int(), ends.int(), types, positions
+
+
+def _original(model: Any, parts: Parts, inputs: _Inputs) -> Tensor:
+    """[T, H] of the padded batch."""
+    ids, ends, types, positions = inputs
+    lengths = ends.diff().long()
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+
+    def padded(x: Tensor, fill: int) -> Tensor:
+        return torch.full(mask.shape, fill).masked_scatter(mask, x.long()).to(parts.device)
+
+    padding = parts.tables.padding_idx or 0
+    arguments = {"input_ids": padded(ids, padding), "attention_mask": mask.long().to(parts.device)}
+    if types is not None:
+        arguments["token_type_ids"] = padded(types, 0)
+    if positions is not None:
+        arguments["position_ids"] = padded(positions, 0)
+    result = switch.run_original(type(model).forward, model, **arguments, return_dict=True)
+    return result.last_hidden_state.cpu()[mask]
+
+
+def difference(result: Tensor, expected: Tensor) -> float:
+    """Infinite where the two are finite at different places."""
+    result, expected = result.double().cpu(), expected.double()
+    finite = expected.isfinite()
+    if result.shape != expected.shape or not torch.equal(finite, result.isfinite()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    size = expected[finite].abs().max().item()
+    return (result - expected)[finite].abs().max().item() / max(size, 1e-30)

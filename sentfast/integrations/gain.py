@@ -1,0 +1,113 @@
+"""Which calls are too small to gain, so that the original runs: rules that benchmarks/never_slower.py checks.
+
+They hold for the CPU alone, and not where a backend is asked for by name. Each takes the arguments of the function
+whose name it has, and looks at types and sizes only: a call that the original does in microseconds must not wait for
+more. What it cannot see, as the sizes of a list, is looked at again when the arguments have become tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.nn import Parameter
+
+from sentfast.registry import forced_backend
+
+TOO_SMALL = "SF132"
+# Tests of the operators use small inputs.
+on = os.environ.get("SENTFAST_TEST_SMALL", "0") in ("", "0")
+
+# A matrix of scores without norms is one call of a library. Of fewer scores it is done before ours is reached, and of
+# narrower rows it is written, not computed.
+LEAST_SCORES, LEAST_COLUMNS = 1 << 16, 64
+# Ours saves a pass over both sides for their norms, which takes longer than the library's where they are this narrow
+# and there are this many.
+NARROWEST, MOST_NARROW_ROWS = 4, 1 << 14
+# A product and a sum, of fewer numbers.
+LEAST_NUMBERS = 1 << 15
+# Several queries over fewer rows: most time goes to pairs that enter the k best only until better ones come.
+LEAST_SEARCHED_ROWS = 4096
+# Of wide rows the two passes take longer than the library's product until there are more.
+LEAST_WIDE_ROWS, WIDE = 8192, 512
+# One query is scored exactly at the rate of reading its corpus. A few are too, until enough of them share a first pass;
+# it takes more of them to pay for it where rows are narrow.
+LEAST_QUERIES, LEAST_NARROW_QUERIES = 12, 24
+NARROW = 128
+# Of fewer rows the original has its pairs before ours has set up a search.
+LEAST_MINED_ROWS = 32
+
+
+def dot_score(a: Any, b: Any) -> bool:
+    if type(a) is Tensor is type(b):  # the common case, in the fewest steps
+        if not a.is_cpu:
+            return False
+        try:
+            count, width = a.shape
+        except (ValueError, RuntimeError):  # other than two dimensions; nested tensors have no shape
+            return False
+        small = width < LEAST_COLUMNS or count * b.numel() < LEAST_SCORES * width
+        return small and on and forced_backend() is None
+    rows, others = _sizes(a), _sizes(b)
+    if len(rows) != 2 or len(others) != 2:
+        return False
+    small = rows[0] * others[0] < LEAST_SCORES or rows[1] < LEAST_COLUMNS
+    return small and on and forced_backend() is None
+
+
+def cos_sim(a: Any, b: Any) -> bool:
+    rows = _sizes(a)
+    if len(rows) != 2 or rows[1] >= NARROWEST:
+        return False
+    others = _sizes(b)
+    many = len(others) == 2 and rows[0] + others[0] > MOST_NARROW_ROWS
+    return many and on and forced_backend() is None
+
+
+def pairwise_dot_score(a: Any, b: Any) -> bool:
+    if type(a) is Tensor:
+        small = a.is_cpu and a.numel() < LEAST_NUMBERS
+    else:
+        small = type(a) is np.ndarray and a.size < LEAST_NUMBERS
+    return small and on and forced_backend() is None
+
+
+def semantic_search(query_embeddings: Any, corpus_embeddings: Any, *rest: Any) -> bool:
+    """The best rows of each query."""
+    queries, rows = _sizes(query_embeddings), _sizes(corpus_embeddings)
+    if len(queries) != 2 or len(rows) != 2 or queries[0] < 2:
+        return False
+    least = LEAST_QUERIES if rows[1] >= NARROW else LEAST_NARROW_QUERIES
+    fewest = LEAST_WIDE_ROWS if rows[1] >= WIDE else LEAST_SEARCHED_ROWS
+    return (queries[0] < least or rows[0] < fewest) and on and forced_backend() is None
+
+
+def mining(embeddings: Any, *rest: Any) -> bool:
+    """The best pairs of all rows, or their communities."""
+    rows = _sizes(embeddings)
+    return len(rows) == 2 and rows[0] < LEAST_MINED_ROWS and on and forced_backend() is None
+
+
+def _sizes(x: Any) -> tuple[int, ...]:
+    """The shape of a plain dense tensor on the CPU or of an array, () of anything else."""
+    try:
+        if type(x) is Tensor or type(x) is Parameter:
+            return x.shape if x.is_cpu else ()
+        return x.shape if type(x) is np.ndarray else ()
+    except RuntimeError:  # nested tensors have none
+        return ()
+
+
+RULES: dict[str, Callable[..., bool]] = {
+    "dot_score": dot_score,
+    "cos_sim": cos_sim,
+    "pairwise_dot_score": pairwise_dot_score,
+    "semantic_search": semantic_search,
+    "paraphrase_mining_embeddings": mining,
+    "community_detection": mining,
+}
+# Those whose originals call no other patched function, so that nothing has to be switched off around them.
+LEAVES = frozenset({"dot_score", "pairwise_dot_score"})

@@ -1,0 +1,33 @@
+"""Layers of PyTorch that treat every row by itself, or every number."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from sentfast.integrations.guards import MARK
+
+# Activations of one number at a time, which may see other rows and columns than in the original; first those whose
+# vector and scalar code agree to the bit.
+EXACT_ACTIVATIONS = (nn.Identity, nn.Tanh, nn.ReLU)
+ACTIVATIONS = (
+    *EXACT_ACTIVATIONS,
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),
+    *(nn.LogSigmoid, nn.Mish, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign),
+    *(nn.Tanhshrink, nn.Threshold),
+)
+ROW_BY_ROW = (nn.Linear, nn.LayerNorm, nn.Dropout, *ACTIVATIONS)
+
+
+@functools.lru_cache(256)
+def foreign(method: Any) -> bool:
+    """Other code has replaced the method of a class of PyTorch, transformers or sentence-transformers."""
+    package = getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0]
+    return package not in ("torch", "transformers", "sentence_transformers") and not hasattr(method, MARK)
+
+
+def any_foreign(cls: type, steps: tuple[str, ...]) -> bool:
+    """As :func:`foreign`, for those of the methods that the class has."""
+    return any(foreign(getattr(cls, step)) for step in steps if hasattr(cls, step))

@@ -1,0 +1,176 @@
+"""Before ours stands for a loss, both run on a small example with that loss's settings, and their gradients agree."""
+
+from __future__ import annotations
+
+import copy
+import random
+from functools import partial
+
+import pytest
+import torch
+from sentence_transformers import losses
+from text_losses import CACHED, CACHED_GIST, CACHED_SYMMETRIC, GIST, MNRL, SYMMETRIC, columns, value_and_gradient
+from tiny_models import VERSION, build
+
+import sentfast
+from sentfast import functional
+from sentfast.integrations import loss_proofs, proofs
+from sentfast.integrations import sentence_transformers as table
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("switched_on")]
+RANKING, CACHED_RANKING = "compute_loss_from_embeddings", "calculate_loss"
+SITES = {
+    "ranking": (MNRL, f"MultipleNegativesRankingLoss.{RANKING}"),
+    "symmetric": (SYMMETRIC, f"MultipleNegatives{'Symmetric' if VERSION < (5, 3) else ''}RankingLoss.{RANKING}"),
+    "cached": (partial(CACHED, mini_batch_size=3), f"CachedMultipleNegativesRankingLoss.{CACHED_RANKING}"),
+    "cached symmetric": (
+        partial(CACHED_SYMMETRIC, mini_batch_size=3),
+        f"CachedMultipleNegatives{'Symmetric' if VERSION < (5, 3) else ''}RankingLoss.{CACHED_RANKING}",
+    ),
+    "guided": (GIST, "GISTEmbedLoss.forward"),
+    "cached guided": (partial(CACHED_GIST, mini_batch_size=3), f"CachedGISTEmbedLoss.{CACHED_RANKING}"),
+}
+if (5, 4) <= VERSION < (6, 0):
+    del SITES["guided"]
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process():
+    """Nothing has been proven yet."""
+    sentfast.disable()
+    sentfast.enable()
+    yield
+    sentfast.disable()
+    sentfast.enable()
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return build(path).train()
+
+
+def loss_of(what, model, matryoshka=False):
+    make, name = SITES[what]
+    loss = make(model, **({"guide": copy.deepcopy(model)} if "guided" in what else {}))
+    if not matryoshka:
+        return loss, name
+    outer = losses.MatryoshkaLoss(model, loss, [32, 8], n_dims_per_step=1)
+    return outer, "CachedLossDecorator.__call__" if "cached" in what else "MatryoshkaLoss.forward"
+
+
+def assert_alike(found, expected):
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("where", ["value", "gradient"])
+@pytest.mark.parametrize("what", SITES)
+def test_ours_that_differs_does_not_run(what, where, model, monkeypatch):
+    original, factor = functional.contrastive_loss, 1 + 10 ** -(1 + 2 * torch.rand(()).item())
+
+    def other(*args, **kwargs):
+        value = original(*args, **kwargs)
+        return value * factor if where == "value" else value.detach() + (value - value.detach()) * factor
+
+    monkeypatch.setattr(functional, "contrastive_loss", other)
+    for matryoshka in (False, True):
+        loss, name = loss_of(what, model, matryoshka)
+        sentfast.report(reset=True)
+        found = value_and_gradient(loss, columns(2))
+        counted = sentfast.report().fallbacks
+        # Matryoshka asks for the inner loss first.
+        assert (SITES[what][1] if matryoshka else name, "SF129") in counted, counted
+        with sentfast.disabled():
+            assert_alike(found, value_and_gradient(loss, columns(2)))
+
+
+@pytest.mark.parametrize("matryoshka", [False, True])
+@pytest.mark.parametrize("what", SITES)
+def test_a_proof_leaves_no_trace(what, matryoshka, model):
+    loss, _ = loss_of(what, model, matryoshka)
+    settings = {name: value for name, value in vars(loss).items() if not name.startswith("_")}
+    seen = []
+    hooks = [x.register_forward_hook(lambda *args: seen.append("hook")) for x in (loss, model)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append("saved") or x, lambda x: x):
+        sentfast.report(reset=True)
+        state, other = torch.get_rng_state(), random.getstate()
+        name = loss_of(what, model, matryoshka)[1]
+        site, original, attempt = stands_for(name, loss, matryoshka)
+        assert proofs.prove(name, VERSION_HERE, original, attempt, (site,)) == ""
+    assert not seen and not sentfast.report().calls
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == other
+    assert settings.keys() == {name for name in vars(loss) if not name.startswith("_")}
+    assert all(value is vars(loss)[name] for name, value in settings.items())
+    for hook in hooks:
+        hook.remove()
+
+
+VERSION_HERE = table.resolve(table.installed())
+
+
+def stands_for(name, loss, matryoshka):
+    """The object that a function is called with, the function itself, and ours."""
+    site = loss.loss.calculate_loss if name.startswith("CachedLossDecorator") else loss
+    cls = next(cls for cls in type(site).__mro__ if name.partition(".")[2] in vars(cls))
+    row = next(row for row in table.table(VERSION_HERE) if row.owner.endswith(f":{cls.__name__}"))
+    original = vars(cls)[row.attribute].__wrapped__
+    leading = (name, original) if row.wrap is table.with_original else ()
+    return site, original, partial(row.replacement, VERSION_HERE, *leading)
+
+
+@pytest.mark.parametrize("matryoshka", [False, True])
+@pytest.mark.parametrize("what", SITES)
+def test_an_example_is_taken_by_ours(what, matryoshka, model):
+    """Else it would prove nothing; where a loss runs as it is, there is none."""
+    loss, name = loss_of(what, model, matryoshka)
+    site, _, attempt = stands_for(name, loss, matryoshka)
+    given = list(proofs._EXAMPLES[name](VERSION_HERE, (site,)))
+    apart = matryoshka and (what == "guided" and VERSION < (6, 0))
+    assert bool(given) != apart
+    for example in given:
+        found = attempt(*proofs._copied(example))
+        assert isinstance(found, torch.Tensor) and found.isfinite() and found > 0.01
+
+
+def test_every_setting_is_proven_by_itself(model, monkeypatch):
+    """A first loss that runs as it is proves nothing for the next one, nor one with other settings."""
+    proven = []
+    original = proofs._EXAMPLES[SITES["ranking"][1]]
+
+    def examples(version, args):
+        proven.append(loss_proofs.settings(args))
+        return original(version, args)
+
+    monkeypatch.setitem(proofs._EXAMPLES, SITES["ranking"][1], examples)
+    x = torch.randn(4, 8)
+    several = [MNRL(model, similarity_fct=torch.cdist), MNRL(model), MNRL(model, scale=3.0)]
+    if VERSION >= (5, 3):
+        several.append(MNRL(model, directions=("query_to_doc", "doc_to_query")))
+    for loss in [*several, *several]:
+        loss.compute_loss_from_embeddings([x, x.flip(0)], None)
+    assert len(proven) == len(set(proven)) == len(several) - 1  # another scale takes no other way
+
+
+def changed(module, how):
+    """Of a module inside a loss: its result is twice as large."""
+    original = module.forward
+    if how == "forward":
+        module.forward = lambda *args: 2 * original(*args)
+    else:
+        module.register_forward_hook(lambda module, args, result: 2 * result)
+
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+@pytest.mark.parametrize("what", SITES)
+def test_a_module_inside_a_loss_is_honoured(what, how, model):
+    for first in (False, True):
+        loss, _ = loss_of(what, model, bool(torch.randint(2, ())))
+        if not first:
+            value_and_gradient(loss, columns(2))
+        inner = loss.loss if isinstance(loss, losses.MatryoshkaLoss) else loss
+        for module in (getattr(inner, "cross_entropy_loss", None), getattr(inner, "similarity_fct", None)):
+            if isinstance(module, torch.nn.Module):
+                changed(module, how)
+        found = value_and_gradient(loss, columns(2))
+        with sentfast.disabled():
+            assert_alike(found, value_and_gradient(loss, columns(2)))

@@ -1,0 +1,195 @@
+"""The grid that compares patched calls with stock, and the rules for calls too small to gain."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import util
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import never_slower
+from never_slower_cells import Cell, cells, handed_over
+
+import sentfast
+from sentfast.integrations import gain, guards
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_row_fails_by_its_upper_quartile_and_two_microseconds(seed: int) -> None:
+    draw = random.Random(seed)
+    stock = draw.uniform(1e-4, 1e-2)
+    for slower, fails in ((draw.uniform(1.2, 5), True), (draw.uniform(0.2, 1.0), False)):
+        samples = {"stock": [stock] * 9, "sentfast": [stock * slower * draw.uniform(0.99, 1.01) for _ in range(9)]}
+        row = never_slower.row_of(samples)
+        assert row["fails"] is fails
+        assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
+    for quick in (True, False):
+        tiny = never_slower.row_of({"stock": [1e-6] * 9, "sentfast": [2.5e-6] * 9}, quick)
+        assert not tiny["fails"] and tiny["ratio"] == pytest.approx(0.4)
+
+
+class Clock:
+    """Time that passes only in calls, so that nothing else on the machine counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        monkeypatch.setattr(never_slower, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    process_time = perf_counter
+
+    def cell(self, name: str, stock: float, ours: float) -> Cell:
+        def call() -> None:
+            self.now += ours if sentfast.is_enabled() else stock
+
+        return Cell(name, lambda: call, quick=True)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_slower_calls_are_found(
+    quick: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    draw, clock = random.Random(), Clock(monkeypatch)
+    stock, bound = 10 ** draw.uniform(-4, -1), 0.7 if quick else 0.95
+    ratios = [draw.uniform(0.2, 0.98 * bound), draw.uniform(1.02 * bound, 3)]
+    names = ["slower", "faster"]
+    made = [clock.cell(name, stock, stock / ratio) for name, ratio in zip(names, ratios, strict=True)]
+    monkeypatch.setattr(never_slower, "cells", lambda: made)
+    path = tmp_path / "cells.json"
+    how = ["--quick" if quick else "--here", "--output", str(path)]
+    assert never_slower.main(how) == 1
+    assert capsys.readouterr().out.count("FAILS  slower, 1 thread") == 2  # as it comes, and at the end
+    assert sentfast.is_enabled()
+    monkeypatch.setattr(never_slower, "cells", lambda: made[1:])
+    assert never_slower.main(how) == 0
+    row = json.loads(path.read_text())["faster, 1 thread"]
+    assert row["ratio"] == pytest.approx(ratios[1]) and not row["fails"]
+
+
+def test_a_disturbed_cell_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One try may be as bad as it likes; what fails in every try counts."""
+    draw = random.Random(torch.initial_seed())
+    bad = draw.randrange(never_slower.TRIES)
+    for always in (False, True):
+        tries = iter(range(never_slower.TRIES))
+        monkeypatch.setattr(
+            never_slower,
+            "times",
+            lambda *_, always=always, tries=tries: {
+                "stock": [1e-3] * 5,
+                "sentfast": [1e-1 if always or next(tries) <= bad - 1 else 1e-3] * 5,
+            },
+        )
+        row = never_slower.measure(Cell("cell", lambda: lambda: None), draw.random() < 0.5)
+        assert row["fails"] is always and row["tries"] == (never_slower.TRIES if always else bad + 1)
+
+
+def test_every_instruction_set_has_its_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stock's libraries are held to a lower one, and left alone with the best; what fails in one of them fails."""
+    fails = random.Random(torch.initial_seed()).random() < 0.5
+    seen = []
+
+    def run(command: list[str], env: dict[str, str], check: bool) -> None:
+        tier, output = env["SENTFAST_CPU_ISA"], Path(command[command.index("--output") + 1])
+        seen.append((tier, "MKL_CBWR" in env))
+        row = {"seconds": {"sentfast": 1.0, "stock": 1.0}, "ratio": 1.0, "spread": [1.0, 1.0], "reasons": []}
+        output.write_text(json.dumps({"cell": row | {"fails": fails and tier == "avx2"}}))
+
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    monkeypatch.setattr(never_slower.subprocess, "run", run)
+    monkeypatch.setattr(never_slower, "commit", dict)
+    monkeypatch.setattr(sentfast, "supported_cpu_isas", lambda: ("scalar", "avx2", "avx512"))
+    path = tmp_path / "tiers.json"
+    assert never_slower.main(["--output", str(path)]) == fails
+    assert seen == [("avx2", True), ("avx512", False)]
+    assert set(json.loads(path.read_text())["tiers"]) == {"avx2", "avx512"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_crowded_machines_have_their_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the cores that a circumstance leaves, which are given back; what fails in one of them fails."""
+    worse = random.Random(torch.initial_seed()).choice([None, *never_slower.CROWDED])
+    names, seen, before = iter(never_slower.CROWDED), {}, os.sched_getaffinity(0)
+
+    def run(command: list[str], env: dict[str, str], check: bool) -> None:
+        name = next(names)
+        seen[name] = (int(env["OMP_NUM_THREADS"]), len(os.sched_getaffinity(0)))
+        row = {"seconds": {"sentfast": 1.0, "stock": 1.0}, "ratio": 1.0, "spread": [1.0, 1.0], "reasons": []}
+        output = Path(command[command.index("--output") + 1])
+        output.write_text(json.dumps({"cell": row | {"fails": name == worse}}))
+
+    monkeypatch.setattr(never_slower.subprocess, "run", run)
+    path = tmp_path / "crowded.json"
+    assert never_slower.main(["--crowded", "--output", str(path)]) == (worse is not None)
+    assert os.sched_getaffinity(0) == before
+    assert set(json.loads(path.read_text())) == set(seen) == set(never_slower.CROWDED)
+    cores = len(before)
+    for name, (per_core, share, _) in never_slower.CROWDED.items():
+        assert seen[name] == (cores * per_core, max(1, int(cores * share)))
+
+
+def test_names_of_cells_differ() -> None:
+    names = [cell.name for cell in cells()]
+    assert len(names) == len(set(names)) and any(cell.quick for cell in cells())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rules of gain.py, with the original's own result, and ours just above them."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(gain, "on", True)
+    monkeypatch.setattr(gain, "forced_backend", lambda: None)
+    monkeypatch.setattr(guards, "_forced", lambda: False)
+    wide, few = draw.randint(gain.LEAST_COLUMNS, 100), draw.randint(1, 128)
+    some, many = draw.randint(1, 128), draw.randint(gain.LEAST_SCORES // 128 + 1, 700)
+    narrow = draw.randint(1, gain.NARROWEST - 1)
+    thin = draw.randint(1, gain.LEAST_COLUMNS - 1)
+    cases = [
+        ("cos_sim", few, many, narrow, False),
+        ("cos_sim", few, gain.MOST_NARROW_ROWS, narrow, True),
+        ("cos_sim", few, gain.MOST_NARROW_ROWS, gain.NARROWEST, False),
+        ("dot_score", few, some, wide, few * some < gain.LEAST_SCORES),
+        ("dot_score", many, 128, thin, True),
+        ("dot_score", many, 128, wide, False),
+        ("pairwise_dot_score", gain.LEAST_NUMBERS // thin - 1, gain.LEAST_NUMBERS // thin - 1, thin, True),
+        ("pairwise_dot_score", gain.LEAST_NUMBERS // thin + 1, gain.LEAST_NUMBERS // thin + 1, thin, False),
+        ("semantic_search", 1, many, wide, False),
+        ("semantic_search", draw.randint(2, 30), draw.randint(1, gain.LEAST_SEARCHED_ROWS - 1), wide, True),
+        ("semantic_search", draw.randint(2, gain.LEAST_NARROW_QUERIES - 1), gain.LEAST_SEARCHED_ROWS, wide, True),
+        ("semantic_search", gain.LEAST_NARROW_QUERIES, gain.LEAST_SEARCHED_ROWS + few, wide, False),
+        ("semantic_search", gain.LEAST_QUERIES, gain.LEAST_SEARCHED_ROWS + few, gain.NARROW, False),
+        ("semantic_search", gain.LEAST_QUERIES, gain.LEAST_SEARCHED_ROWS + few, gain.WIDE, True),
+        ("semantic_search", gain.LEAST_QUERIES, gain.LEAST_WIDE_ROWS, gain.WIDE, False),
+        ("paraphrase_mining_embeddings", draw.randint(2, gain.LEAST_MINED_ROWS - 1), 0, wide, True),
+        ("paraphrase_mining_embeddings", gain.LEAST_MINED_ROWS + few, 0, wide, False),
+    ]
+    for function, first, second, width, original in cases:
+        rows = [torch.randn(count, width) for count in (first, second) if count]
+        with sentfast.disabled():
+            expected = getattr(util, function)(*rows)
+        sentfast.report(reset=True)
+        found = getattr(util, function)(*rows)
+        codes = {code for site, code in sentfast.report().fallbacks if site == function}
+        assert codes == ({gain.TOO_SMALL} if original else set()), (function, first, second, width)
+        if codes and isinstance(found, torch.Tensor):
+            assert torch.equal(found, expected)
+        sentfast.report(reset=True)
+        getattr(util, function)(*[draw.choice([list, torch.Tensor.numpy])(x) for x in rows])
+        found_again = {code for site, code in sentfast.report().fallbacks if site == function}
+        assert found_again == codes, "of lists and arrays"
+
+
+def test_every_rule_is_measured() -> None:
+    """What handing over costs is measured with operands that the rule calls small."""
+    assert set(handed_over()) == set(gain.RULES)
+    for name, (patched, original, operands) in handed_over().items():
+        assert original(*operands) is None and callable(patched), name
