@@ -101,11 +101,11 @@ def counters(op: str, backends: tuple[str, ...]) -> dict[str, int]:
 @contextmanager
 def uncounted() -> Iterator[None]:
     """What the operators run inside the block is not counted."""
-    before = {op: dict(table) for op, table in _calls.items()}
+    before = {op: dict(table) for op, table in _calls.copy().items()}
     try:
         yield
     finally:
-        for op, table in _calls.items():
+        for op, table in _calls.copy().items():
             table.update(before.get(op) or dict.fromkeys(table, 0))
 
 
@@ -170,7 +170,7 @@ class Report:
 
 def anything_ran() -> bool:
     """Whether an operator has run in this process."""
-    return _ran_before_reset or any(any(table.values()) for table in _calls.values())
+    return _ran_before_reset or any(any(table.values()) for table in list(_calls.values()))
 
 
 def report(*, reset: bool = False) -> Report:
@@ -179,11 +179,11 @@ def report(*, reset: bool = False) -> Report:
     if not isinstance(reset, bool):
         raise TypeError(f"reset: expected True or False, got {type(reset).__name__}")
     with _lock:
-        calls = {(op, backend): n for op, table in _calls.items() for backend, n in table.items() if n}
+        calls = {(op, backend): n for op, table in _calls.copy().items() for backend, n in table.items() if n}
         snapshot = Report(calls, {(site, code): n for site, table in _fallbacks.items() for code, n in table.items()})
         if reset:
             _ran_before_reset = anything_ran()
-            for table in _calls.values():
+            for table in list(_calls.values()):
                 table.update(dict.fromkeys(table, 0))
             for table in _fallbacks.values():
                 table.clear()

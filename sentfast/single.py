@@ -28,7 +28,7 @@ def remember() -> None:
     """Called at the end of the first import."""
     if not hasattr(sys, _FIRST):
         # Of some modules the package has a function by that name.
-        loaded = {name: module for name, module in sys.modules.items() if name.startswith("sentfast.")}
+        loaded = {name: module for name, module in sys.modules.copy().items() if name.startswith("sentfast.")}
         setattr(sys, _FIRST, (sys.modules["sentfast"], loaded))
 
 

@@ -192,6 +192,57 @@ def free() -> bool:
     return all(found)
 
 
+COLLECTED = """
+import gc, random, sys, traceback
+sys.path.insert(0, FOLDER)
+import torch
+from pathlib import Path
+from sentence_transformers import losses, util
+from tiny_models import build, save_base
+model = build(save_base(Path(PLACE), "bert"))
+draw = random.Random(SEED)
+loss = losses.MultipleNegativesRankingLoss(model)
+spaces = [sys.modules, *(vars(x) for x in (torch, torch.nn.functional, util, type(loss), torch.Tensor))]
+for module in (*model.modules(), model[0].config, loss):
+    spaces.append(vars(module))
+places = [x for x in spaces if isinstance(x, dict)]
+x, count, wrong = torch.randn(40, 64), [0], []
+
+def grow(phase, info):
+    count[0] += 1
+    draw.choice(places)[f"added{count[0]}"] = None
+
+def run(call):
+    try:
+        call()
+    except Exception:
+        wrong.append(traceback.format_exc())
+
+def train():
+    features = [model.preprocess(["a b", "c"]) for _ in range(2)]
+    loss(features, None).backward()
+
+def first():
+    import sentfast
+    for call in (lambda: model.encode(["a b c", "d"] * 4), lambda: util.cos_sim(x, x), train, sentfast.report):
+        call()
+    sentfast.disable()
+
+gc.set_threshold(draw.randint(2, 40), 10**6, 10**6)
+gc.callbacks.append(grow)
+run(first)
+gc.callbacks.clear()
+assert count[0] > 100 and not wrong, print(SEED, count, *wrong)
+"""
+
+
+def test_what_runs_at_a_collection_of_garbage(tmp_path):
+    """Finalisers and other threads, which import and set attributes while we go through dictionaries."""
+    code = COLLECTED.replace("FOLDER", repr(str(Path(__file__).parent))).replace("PLACE", repr(str(tmp_path)))
+    result = python(code.replace("SEED", str(torch.initial_seed())))
+    assert result.returncode == 0, result.stderr
+
+
 IN_ATEXIT = """
 import atexit, sys
 calls = []

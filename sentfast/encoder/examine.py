@@ -94,7 +94,7 @@ def foreign(function: Any) -> bool:
 
 def _check_class(cls: type, base: type) -> None:
     for subclass in cls.__mro__[: cls.__mro__.index(base)]:
-        for name, value in vars(subclass).items():
+        for name, value in vars(subclass).copy().items():
             if isinstance(value, _CODE) and not name.startswith("__") and hasattr(base, name):
                 raise _RefusalError("SF110", f"{subclass.__name__}.{name} overrides {base.__name__}.{name}")
     if foreign(vars(base)["forward"]):

@@ -41,7 +41,7 @@ class ModelLookups(Lookups):
         """All attributes that a module has, as the code may put their names together, and none of the names more."""
         space = vars(module)
         passed = self._passed_of(module, owner is None)
-        keys = dict.fromkeys(name for name in space if name not in passed)
+        keys = dict.fromkeys(name for name in list(space) if name not in passed)
         self._tables[id(space)] = space, owner, keys, self._barred(passed)
         for name in keys:
             value = space[name]
@@ -73,7 +73,7 @@ class ModelLookups(Lookups):
         if id(space) in self._tables:
             return
         self._tables[id(space)] = (space, None, dict.fromkeys(space), True)
-        for name, value in space.items():
+        for name, value in space.copy().items():
             if nested and name not in self.names:
                 continue
             if type(value) is dict:

@@ -16,7 +16,9 @@ _known: dict[int, frozenset[str]] = {}
 
 def own_names(names_of: Callable[[types.CodeType], frozenset[str]]) -> frozenset[str]:
     """Of the modules that are loaded by now."""
-    modules = [module for name, module in list(sys.modules.items()) if f"{name}.".startswith(_PACKAGES)]
+    # A copy, as for every dictionary that others write to: items come as new tuples, and a collection of garbage that
+    # one of these sets off runs finalisers, other threads and their imports.
+    modules = [module for name, module in sys.modules.copy().items() if f"{name}.".startswith(_PACKAGES)]
     if len(modules) not in _known:
         found = frozenset(name for module in modules for code in _codes(module) for name in names_of(code))
         _known[len(modules)] = frozenset(filter(_is_function, found))

@@ -31,7 +31,7 @@ def settings(args: tuple) -> tuple[Any, ...]:
 def _settings(loss: Any) -> Iterator[Any]:
     loss = _method_of(loss) or loss
     yield type(loss)
-    for name, value in vars(loss).items():
+    for name, value in vars(loss).copy().items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, value > 0  # larger or smaller takes no other way
         elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(x, _PLAIN) for x in value)):

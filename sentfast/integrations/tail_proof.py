@@ -32,7 +32,7 @@ class _Proof:
         tables: list[tuple[dict, Any, tuple[str, ...], Any]] = []
         for part in parts:
             for module in part.modules():
-                keys = tuple(name for name in vars(module) if name != "training")
+                keys = tuple(name for name in list(vars(module)) if name != "training")
                 tables.append((vars(module), module, keys, True))
                 tables.append((module._modules, None, tuple(module._modules), True))
         self._settings = watch.modes(tables)
