@@ -329,6 +329,7 @@ def test_no_compiled_kernels(monkeypatch):
 def test_a_cpu_with_tiles_keeps_its_bfloat16(monkeypatch):
     """As on a processor with AMX: what is bfloat16 is the original's, unless the backend is asked for."""
     monkeypatch.setattr(products, "has_tiles", lambda: True)
+    monkeypatch.setattr(products.registry, "RUN_ALL", False)
     monkeypatch.setattr(products.registry, "forced_backend", lambda: None)
     plain, half = encoders.model("bert"), encoders.model("bert").bfloat16()
     assert not isinstance(encoder_of(plain), str)

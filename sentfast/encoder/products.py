@@ -35,7 +35,7 @@ def why_not_bfloat16(parts: Parts) -> str:
 
     That is a model in bfloat16 and autocast. It was not measured: no such processor was there.
     """
-    if parts.device.type != "cpu" or not has_tiles() or registry.forced_backend() is not None:
+    if parts.device.type != "cpu" or not has_tiles() or registry.RUN_ALL or registry.forced_backend() is not None:
         return ""
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     return "SF131" if autocast or parts.dtype == torch.bfloat16 else ""

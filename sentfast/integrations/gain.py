@@ -7,7 +7,6 @@ more. What it cannot see, as the sizes of a list, is looked at again when the ar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,10 @@ import numpy as np
 from torch import Tensor
 from torch.nn import Parameter
 
-from sentfast.registry import forced_backend
+from sentfast.registry import RUN_ALL, forced_backend
 
 TOO_SMALL = "SF132"
-# Tests of the operators use small inputs.
-on = os.environ.get("SENTFAST_TEST_SMALL", "0") in ("", "0")
+on = not RUN_ALL
 
 # A matrix of scores without norms is one call of a library. Of fewer scores it is done before ours is reached, and of
 # narrower rows it is written, not computed.
