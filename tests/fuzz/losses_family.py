@@ -87,6 +87,9 @@ def without_gradient(draw: Draw, loss: Any, features: Any, labels: Any) -> Any:
 
 def scale_of(loss: Any) -> float:
     inner = getattr(loss, "loss", loss)
+    if isinstance(inner, (losses.BatchAllTripletLoss, losses.BatchHardTripletLoss)):
+        # Their distance of two equal rows is the root of what rounding leaves of |x|^2 - 2xy + |y|^2, or of 0.
+        return torch.finfo(torch.float32).eps ** -0.5
     return max(1.0, float(getattr(inner, "scale", 0) or 1 / getattr(inner, "temperature", 1.0)))
 
 
