@@ -42,8 +42,9 @@ NOTICEABLE, QUICK_NOTICEABLE = 2e-6, 1e-5  # seconds
 SAMPLE = 1e-3  # seconds; shorter calls are repeated
 # Samples in a row, of which the best counts: a machine that others use changes its speed from one to the next.
 BURST = 5
-# Python makes its code fast in the first calls after a switch, which nobody does between two calls.
-WARM, LONG = 20, 20e-3
+# After a switch, which nobody does between two calls, the first call looks at the original anew and tries it, for
+# milliseconds, and Python makes its code fast in the next ones.
+WARM, LONG = 20, 20e-3  # calls; seconds
 SECONDS, QUICK_SECONDS = 0.2, 0.2  # of a cell, both sides together
 ROUNDS, MOST_ROUNDS = 5, 60
 TRIES = 3
@@ -55,7 +56,8 @@ CROWDED = {
     "another program on one core": (1, 1.0, 1),
 }
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-# What holds stock's libraries to an instruction set below the best: MKL, PyTorch's own kernels, oneDNN.
+# What holds stock's libraries to another instruction set than the one that runs here by itself: MKL, PyTorch's own
+# kernels, oneDNN. With that one they take what they like, which is more than it where the CPU has AMX.
 _HELD = {
     "avx2": ("AVX2", "avx2", "AVX2"),
     "avx512": ("AVX512", "avx512", "AVX512_CORE"),
@@ -70,21 +72,21 @@ def times(call: Call, clock: Callable[[], float], seconds: float) -> dict[str, l
     for name, on in SIDES.items():
         switch(on)
         for _ in range(2):
-            start = time.perf_counter()
+            start = clock()
             call()
-            once[name] = time.perf_counter() - start
+            once[name] = clock() - start
         repeats[name] = max(1, int(SAMPLE / max(once[name], 1e-7)))
-    warm = max(once.values()) < LONG
+    burst = BURST if max(once.values()) < LONG else 1
     samples: dict[str, list[float]] = {name: [] for name in SIDES}
     end = time.perf_counter() + seconds
     for number, name in turns(list(SIDES), MOST_ROUNDS):
         if number >= ROUNDS and time.perf_counter() > end and len({*map(len, samples.values())}) == 1:
             break
         switch(SIDES[name])
-        for _ in range(min(repeats[name], WARM) if warm else 0):
+        for _ in range(min(repeats[name], WARM)):
             call()
         best = math.inf
-        for _ in range(BURST if warm else 1):
+        for _ in range(burst):
             start = clock()
             for _ in range(repeats[name]):
                 call()
@@ -187,7 +189,7 @@ def run_tiers(options: argparse.Namespace, tiers: Sequence[str]) -> dict[str, di
     for tier in tiers:
         print(f"# {tier}", flush=True)
         held: dict[str, str] = {}
-        if tier != sentfast.supported_cpu_isas()[-1]:
+        if tier != sentfast.cpu_isa():
             held = dict(zip(("MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"), _HELD[tier], strict=True))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.json"

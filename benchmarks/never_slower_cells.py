@@ -14,6 +14,7 @@ from torch import Tensor
 
 Call = Callable[[], Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _matrices() -> Iterator[Cell]:
     quick = {(1, 1, 384), (300, 300, 2), (10, 1000, 384), (1000, 1000, 384)}
     sizes = ((1, 1), (1, 1000), (10, 1000), (300, 300), (1000, 1000), (1, 100000))
     for function, (a, b), width in itertools.product(("cos_sim", "dot_score"), sizes, (2, 32, 384, 1024)):
-        for dtype in DTYPES if (a, b) in ((10, 1000), (300, 300)) else ("float32",):
+        for dtype in DTYPES if (a, b) in ((10, 1000), (300, 300), (1000, 1000)) else ("float32",):
             name = f"{function} {a} x {b} x {width} {dtype}"
             make = _util(function, (a, width), (b, width), dtype=dtype)
             yield Cell(name, make, (a, b, width) in quick and dtype == "float32")
@@ -70,6 +71,9 @@ def _pairs() -> Iterator[Cell]:
             continue
         make = _util(f"pairwise_{function}", (count, width), (count, width))
         yield Cell(f"pairwise_{function} {count} x {width}", make, count == 100 and width in (8, 384))
+    for function, count, dtype in itertools.product(functions, (1, 100, 10000), HALVES):
+        make = _util(f"pairwise_{function}", (count, 384), (count, 384), dtype=dtype)
+        yield Cell(f"pairwise_{function} {count} x 384 {dtype}", make)
     for count, width in itertools.product((1, 100, 10000), (2, 32, 384, 1024)):
         make = _util("normalize_embeddings", (count, width))
         yield Cell(f"normalize_embeddings {count} x {width}", make, count == 100)
@@ -82,6 +86,10 @@ def _searches() -> Iterator[Cell]:
     for (queries, rows), width in itertools.product(sizes, (2, 8, 16, 32, 64, 384, 1024)):
         make = _util("semantic_search", (queries, width), (rows, width))
         yield Cell(f"semantic_search {queries} x {rows} x {width}", make, (queries, rows, width) in quick)
+    sizes = ((1, 1000), (1, 10000), (16, 10000), (63, 10000), (500, 5000))
+    for (queries, rows), width, dtype in itertools.product(sizes, (32, 384, 1024), HALVES):
+        make = _util("semantic_search", (queries, width), (rows, width), dtype=dtype)
+        yield Cell(f"semantic_search {queries} x {rows} x {width} {dtype}", make)
     for rows, width in itertools.product((5, 100, 500, 2000), (2, 32, 384)):
         make = _util("paraphrase_mining_embeddings", (rows, width))
         yield Cell(f"paraphrase_mining_embeddings {rows} x {width}", make, (rows, width) == (100, 384))
@@ -92,16 +100,10 @@ def _searches() -> Iterator[Cell]:
 def _pooling() -> Iterator[Cell]:
     modes = ("mean", "max", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
     for mode, (count, tokens), width in itertools.product(modes, ((1, 8), (32, 128), (8, 512)), (32, 384, 1024)):
-
-        def make(mode: str = mode, count: int = count, tokens: int = tokens, width: int = width) -> Call:
-            from sentence_transformers.sentence_transformer.modules import Pooling
-
-            pooling = Pooling(width, pooling_mode=mode)
-            mask = torch.ones(count, tokens, dtype=torch.int64)
-            embeddings = torch.randn(count, tokens, width)
-            return lambda: pooling({"token_embeddings": embeddings, "attention_mask": mask})
-
-        yield Cell(f"Pooling {mode} {count} x {tokens} x {width}", make, (count, width) == (32, 384))
+        for dtype in DTYPES if (count, width) == (32, 384) else ("float32",):
+            name = f"Pooling {mode} {count} x {tokens} x {width}{'' if dtype == 'float32' else ' ' + dtype}"
+            quick = (count, width, dtype) == (32, 384, "float32")
+            yield Cell(name, _pooled(mode, count, tokens, width, dtype), quick)
     for count, width in itertools.product((1, 100, 10000), (2, 384, 1024)):
 
         def module(count: int = count, width: int = width) -> Call:
@@ -111,6 +113,18 @@ def _pooling() -> Iterator[Cell]:
             return lambda: normalize({"sentence_embedding": rows})
 
         yield Cell(f"Normalize {count} x {width}", module)
+
+
+def _pooled(mode: str, count: int, tokens: int, width: int, dtype: str) -> Callable[[], Call]:
+    def make() -> Call:
+        from sentence_transformers.sentence_transformer.modules import Pooling
+
+        pooling = Pooling(width, pooling_mode=mode)
+        mask = torch.ones(count, tokens, dtype=torch.int64)
+        embeddings = torch.randn(count, tokens, width).to(DTYPES[dtype])
+        return lambda: pooling({"token_embeddings": embeddings, "attention_mask": mask})
+
+    return make
 
 
 def _losses() -> Iterator[Cell]:
@@ -169,26 +183,38 @@ def _encoding() -> Iterator[Cell]:
         yield Cell(f"encode, {title}, {count} texts of {words} words", make, quick)
 
 
+def _halves() -> Iterator[Cell]:
+    for dtype, (count, words) in itertools.product(HALVES, ((1, 12), (32, 12), (32, 100))):
+
+        def make(dtype: str = dtype, count: int = count, words: int = words) -> Call:
+            model, texts = _model("minilm", dtype), _texts(count, words)
+            return lambda: model.encode(texts, show_progress_bar=False)
+
+        yield Cell(f"encode, MiniLM, {dtype}, {count} texts of {words} words", make)
+
+
 def _texts(count: int, words: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
     known = ["cat", "market", "fell", "sleeps", "kitten", "naps", "house", "river", "stone", "paper", "walk", "under"]
     return [" ".join(draw.choices(known, k=words)) for _ in range(count)]
 
 
-_models: dict[str, Any] = {}
+_models: dict[tuple[str, str], Any] = {}
 
 
-def _model(name: str = "minilm") -> Any:
+def _model(name: str = "minilm", dtype: str = "float32") -> Any:
     """In its own code where sentfast is off, whoever has called it before."""
-    if name not in _models:
+    if (name, dtype) not in _models:
         from encode_models import MODELS
 
         import sentfast
 
-        _models[name] = MODELS[name].build()[0]
+        model = _models[name, dtype] = MODELS[name].build()[0]
+        if dtype != "float32":
+            model.to(DTYPES[dtype])
         if name == "tiny_plain":
-            sentfast.accelerate(_models[name].base, padded_rows="zeros")
-    return _models[name]
+            sentfast.accelerate(model.base, padded_rows="zeros")
+    return _models[name, dtype]
 
 
 def handed_over() -> dict[str, tuple[Callable, Callable, tuple[Any, ...]]]:
@@ -212,4 +238,4 @@ def handed_over() -> dict[str, tuple[Callable, Callable, tuple[Any, ...]]]:
 
 
 def cells() -> list[Cell]:
-    return [*_matrices(), *_pairs(), *_searches(), *_pooling(), *_losses(), *_encoding(), *_training()]
+    return [*_matrices(), *_pairs(), *_searches(), *_pooling(), *_losses(), *_encoding(), *_halves(), *_training()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import never_slower
 from never_slower_cells import Cell, cells, handed_over
 
 import sentfast
-from sentfast.integrations import gain, guards
+from sentfast.integrations import gain, guards, similarity, versions
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -75,6 +76,21 @@ def test_slower_calls_are_found(
     assert row["ratio"] == pytest.approx(ratios[1]) and not row["fails"]
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_the_first_call_after_a_switch_does_not_count(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original is looked at anew and tried, which takes longer than many a call."""
+    draw, clock = random.Random(torch.initial_seed()), Clock(monkeypatch)
+    stock = never_slower.LONG * (draw.uniform(1.1, 3) if long else draw.uniform(1e-3, 0.5))
+    seen = [False]
+
+    def call() -> None:
+        first, seen[0] = sentfast.is_enabled() and not seen[0], sentfast.is_enabled()
+        clock.now += stock + (draw.uniform(1, 10) * stock if first else 0)
+
+    row = never_slower.measure(Cell("cell", lambda: call))
+    assert not row["fails"] and row["tries"] == 1 and row["ratio"] == pytest.approx(1)
+
+
 def test_a_disturbed_cell_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """One try may be as bad as it likes; what fails in every try counts."""
     draw = random.Random(torch.initial_seed())
@@ -94,8 +110,10 @@ def test_a_disturbed_cell_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_instruction_set_has_its_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Stock's libraries are held to a lower one, and left alone with the best; what fails in one of them fails."""
-    fails = random.Random(torch.initial_seed()).random() < 0.5
+    """Stock's libraries are left alone with the one that runs by itself, whether or not the CPU has more, and else held
+    to the same one; what fails in one of them fails."""
+    draw = random.Random(torch.initial_seed())
+    fails, chosen = draw.random() < 0.5, draw.choice(["avx2", "avx512"])
     seen = []
 
     def run(command: list[str], env: dict[str, str], check: bool) -> None:
@@ -108,9 +126,10 @@ def test_every_instruction_set_has_its_process(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(never_slower.subprocess, "run", run)
     monkeypatch.setattr(never_slower, "commit", dict)
     monkeypatch.setattr(sentfast, "supported_cpu_isas", lambda: ("scalar", "avx2", "avx512"))
+    monkeypatch.setattr(sentfast, "cpu_isa", lambda: chosen)
     path = tmp_path / "tiers.json"
     assert never_slower.main(["--output", str(path)]) == fails
-    assert seen == [("avx2", True), ("avx512", False)]
+    assert seen == [(tier, tier != chosen) for tier in ("avx2", "avx512")]
     assert set(json.loads(path.read_text())["tiers"]) == {"avx2", "avx512"}
 
 
@@ -146,15 +165,17 @@ def test_names_of_cells_differ() -> None:
 def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the rules of gain.py, with the original's own result, and ours just above them."""
     draw = random.Random(seed)
+    monkeypatch.setattr(similarity, "TILES", False)
     monkeypatch.setattr(gain, "on", True)
     monkeypatch.setattr(gain, "forced_backend", lambda: None)
-    monkeypatch.setattr(guards, "_forced", lambda: False)
+    monkeypatch.setattr(guards, "forced", lambda: False)
     wide, few = draw.randint(gain.LEAST_COLUMNS, 100), draw.randint(1, 128)
     some, many = draw.randint(1, 128), draw.randint(gain.LEAST_SCORES // 128 + 1, 700)
     narrow = draw.randint(1, gain.NARROWEST - 1)
     thin = draw.randint(1, gain.LEAST_COLUMNS - 1)
     cases = [
-        ("cos_sim", few, many, narrow, False),
+        ("cos_sim", few, gain.MOST_NARROW_SCORES // few, narrow, False),
+        ("cos_sim", few + 16, gain.MOST_NARROW_SCORES // (few + 16) + 1, narrow, True),
         ("cos_sim", few, gain.MOST_NARROW_ROWS, narrow, True),
         ("cos_sim", few, gain.MOST_NARROW_ROWS, gain.NARROWEST, False),
         ("dot_score", few, some, wide, few * some < gain.LEAST_SCORES),
@@ -162,6 +183,20 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
         ("dot_score", many, 128, wide, False),
         ("pairwise_dot_score", gain.LEAST_NUMBERS // thin - 1, gain.LEAST_NUMBERS // thin - 1, thin, True),
         ("pairwise_dot_score", gain.LEAST_NUMBERS // thin + 1, gain.LEAST_NUMBERS // thin + 1, thin, False),
+        (
+            "pairwise_euclidean_sim",
+            gain.LEAST_DISTANCE_NUMBERS // thin - 1,
+            gain.LEAST_DISTANCE_NUMBERS // thin - 1,
+            thin,
+            True,
+        ),
+        (
+            "pairwise_euclidean_sim",
+            gain.LEAST_DISTANCE_NUMBERS // thin + 1,
+            gain.LEAST_DISTANCE_NUMBERS // thin + 1,
+            thin,
+            False,
+        ),
         ("semantic_search", 1, many, wide, False),
         ("semantic_search", draw.randint(2, 30), draw.randint(1, gain.LEAST_SEARCHED_ROWS - 1), wide, True),
         ("semantic_search", draw.randint(2, gain.LEAST_NARROW_QUERIES - 1), gain.LEAST_SEARCHED_ROWS, wide, True),
@@ -186,6 +221,54 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
         getattr(util, function)(*[draw.choice([list, torch.Tensor.numpy])(x) for x in rows])
         found_again = {code for site, code in sentfast.report().fallbacks if site == function}
         assert found_again == codes, "of lists and arrays"
+
+
+def test_small_matrices_are_known_by_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way comes to what the shapes say."""
+    monkeypatch.setattr(gain, "on", True)
+    monkeypatch.setattr(gain, "forced_backend", lambda: None)
+    draw = random.Random(torch.initial_seed())
+    for _ in range(300):
+        sizes = [int(2 ** draw.uniform(0, 10)) for _ in range(2)]
+        width = draw.choice([gain.LEAST_COLUMNS - 1, gain.LEAST_COLUMNS, int(2 ** draw.uniform(0, 11))])
+        small = sizes[0] * sizes[1] < gain.LEAST_SCORES or width < gain.LEAST_COLUMNS
+        # Of the same memory, as nothing is read.
+        a, b = (torch.empty(1).expand(count, width) for count in sizes)
+        assert gain.dot_score(a, b) is small, (sizes, width)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_cpu_with_tiles_multiplies_bfloat16_itself(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, and of halves in versions that multiply them as they are; without norms float32 too."""
+    draw = random.Random(torch.initial_seed())
+    version = versions.find("5.1.2" if old else "6.2.0")
+    assert version is not None
+    monkeypatch.setattr(gain, "on", True)
+    monkeypatch.setattr(gain, "forced_backend", lambda: None)
+    monkeypatch.setattr(guards, "forced", lambda: False)
+    width, least = draw.randint(gain.LEAST_COLUMNS, 80), similarity.LEAST_TILED_ROWS
+    few, many = draw.randint(2, least - 1), draw.randint(gain.LEAST_SCORES // least, 2 * gain.LEAST_SCORES // least)
+    single, half = torch.float32, torch.bfloat16
+    dtypes = [
+        (single, None),
+        (single, half),
+        (single, torch.float16),
+        (half, None),
+        (half, half),
+        (torch.float16, None),
+    ]
+    shapes = [(least, many), (gain.LEAST_SCORES // few + 1, few)]
+    for tiles, rows, (dtype, autocast) in itertools.product((False, True), shapes, dtypes):
+        monkeypatch.setattr(similarity, "TILES", tiles)
+        a, b = (torch.randn(count, width).to(dtype) for count in rows)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            cosine, dot = similarity.cos_sim(version, a, b), similarity.dot_score(version, a, b)
+        in_bfloat16 = autocast == half or (autocast is None and old and dtype == half)
+        assert isinstance(cosine, str) is (tiles and in_bfloat16 and rows[0] == least), (rows, dtype, autocast)
+        assert isinstance(dot, str) is (tiles and (in_bfloat16 or dtype == single)), (rows, dtype, autocast)
+        assert {x for x in (cosine, dot) if isinstance(x, str)} <= {"SF131"}
+    monkeypatch.setattr(guards, "forced", lambda: True)
+    assert not isinstance(similarity.dot_score(version, a, b), str)
 
 
 def test_every_rule_is_measured() -> None:

@@ -320,7 +320,7 @@ def test_wrapped_by_fsdp():
 def test_no_compiled_kernels(monkeypatch):
     model = encoders.model("bert")
     monkeypatch.setitem(guards.HAS_KERNELS, "cpu", False)
-    monkeypatch.setattr(guards, "_forced", lambda: False)
+    monkeypatch.setattr(guards, "forced", lambda: False)
     assert encoder_of(model) == "SF112"
     with pytest.raises(sentfast.UnsupportedModelError, match="SF112"):
         sentfast.accelerate(model)
@@ -364,7 +364,7 @@ def test_a_cpu_without_vectors_runs_the_original(monkeypatch):
     model = encoders.model("bert")
     for what, runs in zip(("structure", "products"), native.scope("scalar", asked=False), strict=True):
         monkeypatch.setattr(native.state, what, runs)
-    monkeypatch.setattr(guards, "_forced", lambda: False)
+    monkeypatch.setattr(guards, "forced", lambda: False)
     assert encoder_of(model) == "SF131"
     assert guards.tensor(torch.ones(2, 3)) == "SF131"
     rows = torch.randn(3, 4)

@@ -23,10 +23,12 @@ on = not RUN_ALL
 # narrower rows it is written, not computed.
 LEAST_SCORES, LEAST_COLUMNS = 1 << 16, 64
 # Ours saves a pass over both sides for their norms, which takes longer than the library's where they are this narrow
-# and there are this many.
-NARROWEST, MOST_NARROW_ROWS = 4, 1 << 14
-# A product and a sum, of fewer numbers.
-LEAST_NUMBERS = 1 << 15
+# and there are this many, and counts for nothing beside the writing of as many scores.
+NARROWEST, MOST_NARROW_ROWS, MOST_NARROW_SCORES = 4, 1 << 14, 1 << 17
+# Where the numbers of both sides multiply to less than this, there are fewer scores or narrower rows, in any shape.
+_SURELY_SMALL = LEAST_SCORES * LEAST_COLUMNS**2
+# A product and a sum, and a difference and its norm, of fewer numbers.
+LEAST_NUMBERS, LEAST_DISTANCE_NUMBERS = 1 << 15, 1 << 13
 # Several queries over fewer rows: most time goes to pairs that enter the k best only until better ones come.
 LEAST_SEARCHED_ROWS = 4096
 # Of wide rows the two passes take longer than the library's product until there are more.
@@ -43,6 +45,8 @@ def dot_score(a: Any, b: Any) -> bool:
     if type(a) is Tensor is type(b):  # the common case, in the fewest steps
         if not a.is_cpu:
             return False
+        if a.numel() * b.numel() < _SURELY_SMALL:
+            return on and forced_backend() is None
         try:
             count, width = a.shape
         except (ValueError, RuntimeError):  # other than two dimensions; nested tensors have no shape
@@ -61,16 +65,25 @@ def cos_sim(a: Any, b: Any) -> bool:
     if len(rows) != 2 or rows[1] >= NARROWEST:
         return False
     others = _sizes(b)
-    many = len(others) == 2 and rows[0] + others[0] > MOST_NARROW_ROWS
+    if len(others) != 2:
+        return False
+    many = rows[0] + others[0] > MOST_NARROW_ROWS or rows[0] * others[0] > MOST_NARROW_SCORES
     return many and on and forced_backend() is None
 
 
-def pairwise_dot_score(a: Any, b: Any) -> bool:
-    if type(a) is Tensor:
-        small = a.is_cpu and a.numel() < LEAST_NUMBERS
-    else:
-        small = type(a) is np.ndarray and a.size < LEAST_NUMBERS
-    return small and on and forced_backend() is None
+def _of_fewer_numbers(least: int) -> Callable[[Any, Any], bool]:
+    """The rule of a function of pairs."""
+
+    def small(a: Any, b: Any) -> bool:
+        if type(a) is Tensor:
+            return a.is_cpu and a.numel() < least and on and forced_backend() is None
+        return type(a) is np.ndarray and a.size < least and on and forced_backend() is None
+
+    return small
+
+
+pairwise_dot_score = _of_fewer_numbers(LEAST_NUMBERS)
+pairwise_euclidean_sim = _of_fewer_numbers(LEAST_DISTANCE_NUMBERS)
 
 
 def semantic_search(query_embeddings: Any, corpus_embeddings: Any, *rest: Any) -> bool:
@@ -103,9 +116,10 @@ RULES: dict[str, Callable[..., bool]] = {
     "dot_score": dot_score,
     "cos_sim": cos_sim,
     "pairwise_dot_score": pairwise_dot_score,
+    "pairwise_euclidean_sim": pairwise_euclidean_sim,
     "semantic_search": semantic_search,
     "paraphrase_mining_embeddings": mining,
     "community_detection": mining,
 }
 # Those whose originals call no other patched function, so that nothing has to be switched off around them.
-LEAVES = frozenset({"dot_score", "pairwise_dot_score"})
+LEAVES = frozenset({"dot_score", "pairwise_dot_score", "pairwise_euclidean_sim"})

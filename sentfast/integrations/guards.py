@@ -62,31 +62,30 @@ def _replacement(name: str, original: Callable, attempt: Callable, compiled: Cal
             return compiled(*args, **kwargs)
         if not is_enabled():
             return original(*args, **kwargs)
-        result = transform()
-        if not result and small is not None and switch_off and small(*args, **kwargs):
-            result = gain.TOO_SMALL
-        result = result or attempt(*args, **kwargs)
+        result = transform() or attempt(*args, **kwargs)
         if not isinstance(result, str):
             return result
         fallback(name, result)
         return run_original(original, *args, **kwargs) if switch_off else original(*args, **kwargs)
 
     setattr(wrapper, MARK, True)
-    return wrapper if small is None or switch_off else _gate(name, original, wrapper, small)
+    if small is None:
+        return wrapper
+    return _gate(name, original, functools.partial(run_original, original) if switch_off else original, wrapper)
 
 
-def _gate(name: str, original: Callable, wrapper: Callable, small: Callable) -> Callable:
-    """What the rule finds too small does not even reach the wrapper."""
+def _gate(name: str, original: Callable, run: Callable, wrapper: Callable) -> Callable:
+    """What the rule finds too small does not even reach the wrapper; run: how the original runs then."""
     names = {
         "is_compiling": is_compiling,
         "is_tracing": private.is_tracing,
         "modes": private.function_modes,
         "is_enabled": is_enabled,
-        "small": small,
+        "small": gain.RULES[name],
         "counts": reasons(name),
         "first": functools.partial(fallback, name, gain.TOO_SMALL),
         "TOO_SMALL": gain.TOO_SMALL,
-        "original": original,
+        "original": run,
         "others": wrapper,
     }
     arguments = inspect.signature(original).parameters
@@ -163,7 +162,7 @@ def tensor(x: Any) -> str:
 def device(kind: str) -> str:
     if kind not in HAS_KERNELS:
         return "SF103"
-    if _forced():
+    if forced():
         return ""
     if not HAS_KERNELS[kind]:
         return "SF112"
@@ -172,13 +171,13 @@ def device(kind: str) -> str:
 
 def products(kind: str) -> str:
     """As :func:`device`, for what is faster only if the matrix products are."""
-    return device(kind) or tensor_cores(kind) or ("" if kind != "cpu" or _STATE.products or _forced() else "SF131")
+    return device(kind) or tensor_cores(kind) or ("" if kind != "cpu" or _STATE.products or forced() else "SF131")
 
 
 def tensor_cores(kind: str) -> str:
     """The kernels with matrix products are made for GPUs from sm_80 on; on older ones they keep 7 to 10 KB a thread in
     memory, as they have no tensor cores for these types and no asynchronous copies."""
-    return "SF133" if kind == "cuda" and capability() < (8, 0) and not _forced() else ""
+    return "SF133" if kind == "cuda" and capability() < (8, 0) and not forced() else ""
 
 
 @functools.cache
@@ -187,7 +186,7 @@ def capability() -> tuple[int, int]:
     return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=(0, 0))
 
 
-def _forced() -> bool:
+def forced() -> bool:
     """Whether the user has asked for a backend by name; then there is nothing to decide."""
     return not is_compiling() and registry.forced_backend() is not None
 
