@@ -165,7 +165,7 @@ def test_names_of_cells_differ() -> None:
 def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the rules of gain.py, with the original's own result, and ours just above them."""
     draw = random.Random(seed)
-    monkeypatch.setattr(similarity, "TILES", False)
+    monkeypatch.setattr(gain, "TILES", False)
     monkeypatch.setattr(gain, "on", True)
     monkeypatch.setattr(gain, "forced_backend", lambda: None)
     monkeypatch.setattr(guards, "forced", lambda: False)
@@ -174,7 +174,7 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
     narrow = draw.randint(1, gain.NARROWEST - 1)
     thin = draw.randint(1, gain.LEAST_COLUMNS - 1)
     cases = [
-        ("cos_sim", few, gain.MOST_NARROW_SCORES // few, narrow, False),
+        ("cos_sim", few + 16, gain.MOST_NARROW_SCORES // (few + 16), narrow, False),
         ("cos_sim", few + 16, gain.MOST_NARROW_SCORES // (few + 16) + 1, narrow, True),
         ("cos_sim", few, gain.MOST_NARROW_ROWS, narrow, True),
         ("cos_sim", few, gain.MOST_NARROW_ROWS, gain.NARROWEST, False),
@@ -223,9 +223,22 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
         assert found_again == codes, "of lists and arrays"
 
 
+def test_narrow_rows_are_few_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gain, "on", True)
+    monkeypatch.setattr(gain, "forced_backend", lambda: None)
+    draw = random.Random(torch.initial_seed())
+    first, width = draw.randint(1, gain.MOST_NARROW_HALVES - 1), draw.randint(1, gain.NARROWEST - 1)
+    for dtype, more in itertools.product((torch.float32, torch.bfloat16, torch.float16), (0, draw.randint(1, 100))):
+        rows = [torch.randn(n, width).to(dtype) for n in (first, gain.MOST_NARROW_HALVES - first + more)]
+        assert gain.cos_sim(*rows) is (more > 0 and dtype != torch.float32)
+        if dtype != torch.bfloat16:
+            assert gain.cos_sim(*(x.numpy() for x in rows)) is (more > 0 and dtype != torch.float32)
+
+
 def test_small_matrices_are_known_by_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The short way comes to what the shapes say."""
     monkeypatch.setattr(gain, "on", True)
+    monkeypatch.setattr(gain, "TILES", False)
     monkeypatch.setattr(gain, "forced_backend", lambda: None)
     draw = random.Random(torch.initial_seed())
     for _ in range(300):
@@ -259,14 +272,16 @@ def test_a_cpu_with_tiles_multiplies_bfloat16_itself(old: bool, monkeypatch: pyt
     ]
     shapes = [(least, many), (gain.LEAST_SCORES // few + 1, few)]
     for tiles, rows, (dtype, autocast) in itertools.product((False, True), shapes, dtypes):
-        monkeypatch.setattr(similarity, "TILES", tiles)
+        monkeypatch.setattr(gain, "TILES", tiles)
         a, b = (torch.randn(count, width).to(dtype) for count in rows)
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             cosine, dot = similarity.cos_sim(version, a, b), similarity.dot_score(version, a, b)
         in_bfloat16 = autocast == half or (autocast is None and old and dtype == half)
         assert isinstance(cosine, str) is (tiles and in_bfloat16 and rows[0] == least), (rows, dtype, autocast)
         assert isinstance(dot, str) is (tiles and (in_bfloat16 or dtype == single)), (rows, dtype, autocast)
-        assert {x for x in (cosine, dot) if isinstance(x, str)} <= {"SF131"}
+        if tiles:
+            assert cosine == "SF131" or not isinstance(cosine, str)
+            assert dot == (gain.TOO_SMALL if dtype == single else "SF131") or not isinstance(dot, str)
     monkeypatch.setattr(guards, "forced", lambda: True)
     assert not isinstance(similarity.dot_score(version, a, b), str)
 

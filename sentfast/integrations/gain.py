@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, float32
 from torch.nn import Parameter
 
+from sentfast import private
 from sentfast.registry import RUN_ALL, forced_backend
 
 TOO_SMALL = "SF132"
@@ -23,8 +24,12 @@ on = not RUN_ALL
 # narrower rows it is written, not computed.
 LEAST_SCORES, LEAST_COLUMNS = 1 << 16, 64
 # Ours saves a pass over both sides for their norms, which takes longer than the library's where they are this narrow
-# and there are this many, and counts for nothing beside the writing of as many scores.
-NARROWEST, MOST_NARROW_ROWS, MOST_NARROW_SCORES = 4, 1 << 14, 1 << 17
+# and there are this many, and counts for nothing beside the writing of as many scores. With AVX2 so narrow halves are
+# turned into numbers one by one.
+NARROWEST, MOST_NARROW_ROWS, MOST_NARROW_SCORES = 4, 1 << 14, 1 << 16
+MOST_NARROW_HALVES = 1 << 8
+# A CPU with AMX is one of Intel's, and their library's product of float32 is there as fast as ours or faster.
+TILES = bool(private.amx_tiles())
 # Where the numbers of both sides multiply to less than this, there are fewer scores or narrower rows, in any shape.
 _SURELY_SMALL = LEAST_SCORES * LEAST_COLUMNS**2
 # A product and a sum, and a difference and its norm, of fewer numbers.
@@ -45,7 +50,7 @@ def dot_score(a: Any, b: Any) -> bool:
     if type(a) is Tensor is type(b):  # the common case, in the fewest steps
         if not a.is_cpu:
             return False
-        if a.numel() * b.numel() < _SURELY_SMALL:
+        if a.numel() * b.numel() < _SURELY_SMALL or (TILES and a.dtype is float32):
             return on and forced_backend() is None
         try:
             count, width = a.shape
@@ -56,7 +61,8 @@ def dot_score(a: Any, b: Any) -> bool:
     rows, others = _sizes(a), _sizes(b)
     if len(rows) != 2 or len(others) != 2:
         return False
-    small = rows[0] * others[0] < LEAST_SCORES or rows[1] < LEAST_COLUMNS
+    plain = TILES and str(a.dtype).endswith("float32")
+    small = rows[0] * others[0] < LEAST_SCORES or rows[1] < LEAST_COLUMNS or plain
     return small and on and forced_backend() is None
 
 
@@ -67,7 +73,8 @@ def cos_sim(a: Any, b: Any) -> bool:
     others = _sizes(b)
     if len(others) != 2:
         return False
-    many = rows[0] + others[0] > MOST_NARROW_ROWS or rows[0] * others[0] > MOST_NARROW_SCORES
+    most = MOST_NARROW_HALVES if a.dtype.itemsize == 2 else MOST_NARROW_ROWS
+    many = rows[0] + others[0] > most or rows[0] * others[0] > MOST_NARROW_SCORES
     return many and on and forced_backend() is None
 
 

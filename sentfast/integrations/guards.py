@@ -77,7 +77,7 @@ def _replacement(name: str, original: Callable, attempt: Callable, compiled: Cal
 def _gate(name: str, original: Callable, run: Callable, wrapper: Callable) -> Callable:
     """What the rule finds too small does not even reach the wrapper; run: how the original runs then."""
     names = {
-        "is_compiling": is_compiling,
+        "is_compiling": torch.compiler.is_dynamo_compiling,
         "is_tracing": private.is_tracing,
         "modes": private.function_modes,
         "is_enabled": is_enabled,

@@ -67,7 +67,7 @@ def put(name: str, code: CodeType, original: Callable, replacement: Callable) ->
 
 _GATE = """
 def {name}({arguments}):
-    # A tracer and a mode see who looks at a size.
+    # A tracer and a mode see who looks at a size. What else compiles hands over tensors of a type of its own.
     if not is_compiling() and not is_tracing() and not modes() and small({arguments}) and is_enabled():
         if TOO_SMALL in counts:
             counts[TOO_SMALL] += 1
