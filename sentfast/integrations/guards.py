@@ -69,13 +69,12 @@ def _replacement(name: str, original: Callable, attempt: Callable, compiled: Cal
         return run_original(original, *args, **kwargs) if switch_off else original(*args, **kwargs)
 
     setattr(wrapper, MARK, True)
-    if small is None:
-        return wrapper
-    return _gate(name, original, functools.partial(run_original, original) if switch_off else original, wrapper)
+    return wrapper if small is None else _gate(name, original, wrapper)
 
 
-def _gate(name: str, original: Callable, run: Callable, wrapper: Callable) -> Callable:
-    """What the rule finds too small does not even reach the wrapper; run: how the original runs then."""
+def _gate(name: str, original: Callable, wrapper: Callable) -> Callable:
+    """What the rule finds too small does not even reach the wrapper. Parts of the original stay patched: to go through
+    them unpatched takes longer."""
     names = {
         "is_compiling": torch.compiler.is_dynamo_compiling,
         "is_tracing": private.is_tracing,
@@ -85,7 +84,7 @@ def _gate(name: str, original: Callable, run: Callable, wrapper: Callable) -> Ca
         "counts": reasons(name),
         "first": functools.partial(fallback, name, gain.TOO_SMALL),
         "TOO_SMALL": gain.TOO_SMALL,
-        "original": run,
+        "original": original,
         "others": wrapper,
     }
     arguments = inspect.signature(original).parameters
