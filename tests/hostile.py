@@ -10,9 +10,9 @@ import hostile_code
 import hostile_models
 import hostile_surroundings
 import hostile_texts
-from hostile_common import TEXTS, one
+from hostile_common import KINDS, TEXTS, InapplicableError, made, one
 
-__all__ = ["EDITS", "TEXTS", "one"]
+__all__ = ["EDITS", "KINDS", "TEXTS", "InapplicableError", "made", "one"]
 
 EDITS = {
     **{edit.__name__: edit for edit in hostile_code.FUNCTIONS},

@@ -8,15 +8,30 @@ import types
 
 import torch
 import torch.nn.functional as F
-from hostile_common import base, collect, layer, linears, one, replaces, scaled
+from hostile_common import (
+    InapplicableError,
+    base,
+    collect,
+    kind_of,
+    layer,
+    layers,
+    linears,
+    one,
+    part,
+    replaces,
+    scaled,
+    skewed,
+    stack,
+)
 from torch import nn
+from transformers.activations import GELUActivation
 
 # ---- functions and methods that are replaced -------------------------------------------------------------------------
 
 
 FUNCTIONS = [
     replaces(F, "layer_norm"),
-    replaces(F, "gelu"),
+    replaces(GELUActivation, "forward"),
     replaces(F, "linear"),
     replaces(F, "embedding"),
     replaces(F, "dropout"),
@@ -24,9 +39,7 @@ FUNCTIONS = [
     replaces(F, "scaled_dot_product_attention"),
     replaces(torch, "layer_norm"),
     replaces(torch, "embedding"),
-    replaces(torch, "matmul"),
     replaces(torch, "cat"),
-    replaces(torch, "sum"),
     replaces(torch, "clamp"),
     replaces(torch.Tensor, "__add__"),
     replaces(torch.Tensor, "__mul__"),
@@ -39,7 +52,6 @@ FUNCTIONS = [
     replaces(torch.Tensor, "reshape"),
     replaces(torch.Tensor, "to"),
     replaces(torch.Tensor, "float"),
-    replaces(torch.Tensor, "expand"),
     replaces(torch.Tensor, "unsqueeze"),
     replaces(torch.Tensor, "numpy"),
     replaces(torch.Tensor, "cpu"),
@@ -51,13 +63,21 @@ FUNCTIONS = [
     replaces(nn.Dropout, "forward"),
     replaces(nn.Module, "__call__"),
     replaces(nn.Module, "_call_impl"),
-    replaces(nn.Module, "_wrapped_call_impl"),
-    replaces(nn.Module, "__getattr__", 1.5),
 ]
 
 
 def attribute_of_a_class(model, patch):
-    patch.setattr(type(base(model)), "config", copy.deepcopy(base(model).config), raising=False)
+    """Found before the module of that name, which the instance has."""
+    owner, name = owner_of(model, part(model, "down"))
+    x = copy.deepcopy(getattr(owner, name))
+    with torch.no_grad():
+        x.weight.mul_(2)
+    patch.setattr(type(owner), name, x, raising=False)
+
+
+def matmul_of_eager_attention(model, patch):
+    base(model).set_attn_implementation("eager")
+    patch.setattr(torch, "matmul", scaled(torch.matmul))
 
 
 def get_attribute(model, patch):
@@ -92,20 +112,22 @@ def class_of_the_model(model, patch):
     class Other(type(base(model))):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
-            out.last_hidden_state = out.last_hidden_state * torch.arange(out.last_hidden_state.shape[-1])
+            out.last_hidden_state = skewed(out.last_hidden_state)
             return out
 
     base(model).__class__ = Other
 
 
 def call_of_a_subclass(model, patch):
-    class Other(type(base(model).encoder)):
+    """Of the module that runs the layers, or of the model where it does that itself."""
+
+    class Other(type(stack(model))):
         def __call__(self, *args, **kwargs):
             out = super().__call__(*args, **kwargs)
             out.last_hidden_state = out.last_hidden_state.flip(-1)
             return out
 
-    base(model).encoder.__class__ = Other
+    stack(model).__class__ = Other
 
 
 def own_module(model, patch):
@@ -114,49 +136,60 @@ def own_module(model, patch):
     class Lora(nn.Module):
         def __init__(self, inside):
             super().__init__()
-            self.inside, self.a = inside, nn.Parameter(torch.randn(inside.out_features, inside.in_features) * 0.3)
+            self.inside, self.a = inside, nn.Parameter(torch.randn_like(inside.weight) * 0.3)
 
         def forward(self, x):
             return self.inside(x) + x @ self.a.t()
 
-    x = layer(model).attention.self
-    x.query = Lora(x.query)
+    linear = part(model, "query")
+    owner, name = owner_of(model, linear)
+    setattr(owner, name, Lora(linear))
+
+
+def owner_of(model, module):
+    """Who has the module, and under which name."""
+    return next((x, name) for x in base(model).modules() for name, y in x.named_children() if y is module)
 
 
 def swapped_layers(model, patch):
-    layers = base(model).encoder.layer
-    layers[0], layers[1] = layers[1], layers[0]
+    x = layers(model)
+    x[0], x[1] = x[1], x[0]
 
 
 def fewer_layers(model, patch):
-    base(model).encoder.layer = base(model).encoder.layer[:1]
+    owner, name = owner_of(model, layers(model))
+    setattr(owner, name, layers(model)[:1])
 
 
 def appended_layer(model, patch):
-    base(model).encoder.layer.append(copy.deepcopy(base(model).encoder.layer[0]))
+    layers(model).append(copy.deepcopy(layers(model)[0]))
 
 
 def deleted_layer(model, patch):
-    del base(model).encoder.layer[0]
+    del layers(model)[-1]
 
 
 def shared_layer(model, patch):
-    base(model).encoder.layer[1] = base(model).encoder.layer[0]
+    layers(model)[1] = layers(model)[0]
 
 
 def identity_for_a_norm(model, patch):
-    layer(model).output.LayerNorm = nn.Identity()
+    owner, name = owner_of(model, part(model, "norm"))
+    setattr(owner, name, nn.Identity())
 
 
 def module_in_the_dictionary(model, patch):
-    x = layer(model).output
-    x._modules["dense"] = copy.deepcopy(x.dense)
+    owner, name = owner_of(model, part(model, "down"))
+    x = owner._modules[name] = copy.deepcopy(owner._modules[name])
     with torch.no_grad():
-        x._modules["dense"].weight.mul_(2)
+        x.weight.mul_(2)
 
 
 def no_bias(model, patch):
-    one(linears(model)).bias = None
+    with_bias = [x for x in linears(model) if x.bias is not None]
+    if not with_bias:
+        raise InapplicableError(f"{kind_of(model)} has no bias")
+    one(with_bias).bias = None
 
 
 EDITS = collect(globals())

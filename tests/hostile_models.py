@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
-from hostile_common import TEXTS, Negative, base, collect, layer, linears, one
+from hostile_common import (
+    TEXTS,
+    Negative,
+    base,
+    by_chance,
+    collect,
+    kind_of,
+    layer,
+    layers,
+    linears,
+    one,
+    part,
+    skewed,
+    weight_or_bias,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -31,16 +46,18 @@ def spectral_norm(model, patch):
 
 
 def own_parametrization(model, patch):
-    parametrize.register_parametrization(one(linears(model)), one(["weight", "bias"]), Negative())
+    x = one(linears(model))
+    parametrize.register_parametrization(x, weight_or_bias(x), Negative())
 
 
 def unsafe_parametrization(model, patch):
-    x = base(model).embeddings.LayerNorm
+    x = part(model, "first_norm")
     parametrize.register_parametrization(x, "weight", Negative(), unsafe=True)
 
 
 def pruned(model, patch):
-    prune.random_unstructured(one(linears(model)), one(["weight", "bias"]), amount=0.5)
+    x = one(linears(model))
+    prune.random_unstructured(x, weight_or_bias(x), amount=0.5)
 
 
 def pruned_and_made_permanent(model, patch):
@@ -60,10 +77,14 @@ def state_dict_assigned(model, patch):
 
 
 def weight_of_another_shape(model, patch):
-    x = layer(model)
-    x.intermediate.dense.weight = nn.Parameter(x.intermediate.dense.weight[:40].clone())
-    x.intermediate.dense.bias = nn.Parameter(x.intermediate.dense.bias[:40].clone())
-    x.output.dense.weight = nn.Parameter(x.output.dense.weight[:, :40].clone())
+    """Fewer columns between the two products of a feed-forward block; with a gate both halves."""
+    whole = layer(model)
+    up, down = part(model, "up", whole), part(model, "down", whole)
+    gated = up.weight.shape[0] != down.weight.shape[1]
+    up.weight = nn.Parameter(up.weight[: 80 if gated else 40].clone())
+    if up.bias is not None:
+        up.bias = nn.Parameter(up.bias[: 80 if gated else 40].clone())
+    down.weight = nn.Parameter(down.weight[:, :40].clone())
 
 
 def expanded_weight(model, patch):
@@ -72,9 +93,8 @@ def expanded_weight(model, patch):
 
 
 def tied(model, patch):
-    x, y = (layer.attention.self for layer in base(model).encoder.layer)
-    x.query.weight = y.query.weight
-    x.key.bias = x.query.bias
+    x, y = (part(model, "query", of) for of in list(layers(model))[:2])
+    x.weight, x.bias = y.weight, y.bias
 
 
 def vector_of_parameters(model, patch):
@@ -90,7 +110,7 @@ def plain_tensor_for_a_weight(model, patch):
 
 
 def trained(model, patch):
-    optimizer = one([torch.optim.SGD, torch.optim.AdamW])(base(model).parameters(), lr=0.1)
+    optimizer = one([torch.optim.SGD, torch.optim.AdamW])(base(model).parameters(), lr=0.02)
     batch = base(model)(**model.tokenize(TEXTS[:2]))
     batch[0].square().sum().backward()
     optimizer.step()
@@ -105,7 +125,7 @@ def half(model, patch):
 
 
 def one_layer_half(model, patch):
-    layer(model).output.dense.bfloat16()
+    part(model, "down").bfloat16()
 
 
 def frozen(model, patch):
@@ -118,78 +138,113 @@ def frozen(model, patch):
 def config_value(model, patch):
     name, value = one(
         [
-            ("layer_norm_eps", 0.5),
-            ("hidden_act", "relu"),
             ("num_hidden_layers", 1),
-            ("hidden_dropout_prob", 0.9),
-            ("chunk_size_feed_forward", 1),
             ("is_decoder", True),
             ("output_hidden_states", True),
-            ("use_cache", True),
+            ("output_attentions", True),
             ("torchscript", True),
             ("return_dict", False),
             ("pad_token_id", 3),
-            ("_attn_implementation", "eager"),
-            ("position_embedding_type", "relative_key"),
+            ("_attn_implementation", "flash_attention_2"),
+            ("hidden_act", "relu"),
+            ("is_causal", True),
         ]
     )
     setattr(base(model).config, name, value)
 
 
+_ATTRIBUTES = (
+    ("attention", "scaling", 0.01),
+    ("attention", "is_causal", True),
+    ("layer", "chunk_size_feed_forward", 1),
+    ("norm", "eps", 0.5),
+    ("norm", "normalized_shape", (16,)),
+    ("activation", "forward", torch.tanh),
+    ("words", "padding_idx", 5),
+    ("words", "max_norm", 0.1),
+)
+# A class of modules, so that each architecture has its own.
+_OF_ARCHITECTURES = {
+    "distilbert": [("attention", "n_heads", 2), ("attention", "dim", 16), ("layer.ffn", "activation", nn.Tanh())],
+    "modernbert": [
+        ("attention", "head_dim", 4),
+        ("attention", "sliding_window", 2),
+        ("attention", "attention_dropout", 1.0),
+        ("layer", "attention_type", "sliding_attention"),
+        ("layer.mlp", "act", nn.Tanh()),
+        ("model.rotary_emb", "full_attention_attention_scaling", 0.5),
+        ("model.rotary_emb", "sliding_attention_attention_scaling", 0.5),
+    ],
+    "mpnet": [
+        ("attention", "all_head_size", 16),
+        ("attention", "num_attention_heads", 2),
+        ("layer.intermediate", "intermediate_act_fn", nn.Tanh()),
+        ("model.embeddings", "padding_idx", 3),
+        (
+            "model.encoder",
+            "compute_position_bias",
+            lambda x, *args, **kwargs: torch.zeros(1, 4, x.shape[1], x.shape[1]),
+        ),
+    ],
+}
+_AS_BERT = [
+    ("attention", "num_attention_heads", 2),
+    ("attention", "attention_head_size", 4),
+    ("layer.intermediate", "intermediate_act_fn", nn.Tanh()),
+    ("model.embeddings", "padding_idx", 3),
+]
+
+
 def attribute_of_a_module(model, patch):
-    found = layer(model)
-    owner, name, value = one(
-        [
-            (found.attention.self, "scaling", 0.01),
-            (found.attention.self, "num_attention_heads", 2),
-            (found.attention.self, "attention_head_size", 4),
-            (found.attention.self, "is_causal", True),
-            (found, "chunk_size_feed_forward", 1),
-            (found, "seq_len_dim", 0),
-            (found.output.LayerNorm, "eps", 0.5),
-            (found.output.LayerNorm, "normalized_shape", (16,)),
-            (found.intermediate, "intermediate_act_fn", nn.Tanh()),
-            (found.intermediate.intermediate_act_fn, "forward", torch.tanh),
-            (base(model).embeddings.word_embeddings, "padding_idx", None),
-            (base(model).embeddings.word_embeddings, "scale_grad_by_freq", True),
-            (base(model).embeddings.word_embeddings, "max_norm", 0.1),
-        ]
+    path, name, value = one([*_ATTRIBUTES, *_OF_ARCHITECTURES.get(kind_of(model), _AS_BERT)])
+    start, _, rest = path.partition(".")
+    owner = (
+        {"layer": layer, "model": base}[start](model).get_submodule(rest)
+        if start in ("layer", "model")
+        else part(model, path)
     )
     setattr(owner, name, value)
 
 
 def a_buffer(model, patch):
-    x = base(model).embeddings
-    x.position_ids = x.position_ids.flip(1)
+    """Positions, token types or frequencies."""
+    owner, name = one([(x, name) for x in base(model).modules() for name in x._buffers])
+    with torch.no_grad():
+        if by_chance():
+            getattr(owner, name).copy_(getattr(owner, name).flip(-1) if name != "token_type_ids" else 1)
+        else:
+            x = getattr(owner, name)
+            setattr(owner, name, x.flip(-1) if name != "token_type_ids" else torch.ones_like(x))
 
 
 def dropout_of_a_module(model, patch):
     found = [x for x in base(model).modules() if isinstance(x, nn.Dropout)]
-    one(found).p = 0.9
-    if torch.randint(2, ()):
-        model.eval()
+    one(found).p = 1.0
 
 
 def new_attribute(model, patch):
-    layer(model).feed_forward_chunk = lambda x: torch.zeros_like(x[..., :32])
-
-
-def gradient_checkpointing(model, patch):
-    base(model).gradient_checkpointing_enable()
-    if torch.randint(2, ()):
-        base(model).gradient_checkpointing_disable()
+    """Under the name of a method."""
+    if kind_of(model) in ("distilbert", "modernbert"):
+        found, name = (
+            (layer(model).ffn, "ff_chunk") if kind_of(model) == "distilbert" else (base(model).rotary_emb, "forward")
+        )
+        original = getattr(found, name)
+        setattr(found, name, lambda *args: [x * 0.5 for x in y] if type(y := original(*args)) is tuple else y * 0.5)
+    else:
+        layer(model).feed_forward_chunk = lambda x: torch.zeros_like(x[..., :32])
 
 
 def compiled_part(model, patch):
+    """As ``Module.compile`` does it."""
     found = one(linears(model))
-    found.compile(backend=lambda module, inputs: lambda *args: [x * 1.5 for x in module.forward(*args)])
+    found._compiled_call_impl = lambda x: skewed(found.forward(x))
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------------------
 
 
 def hook(model, patch):
-    one([*linears(model), base(model).encoder, base(model)]).register_forward_hook(
+    one([*linears(model), *layers(model), base(model)]).register_forward_hook(
         lambda module, args, out: out * 1.5 if isinstance(out, torch.Tensor) else None
     )
 
@@ -198,7 +253,7 @@ def hook_with_arguments(model, patch):
     def times(module, args, kwargs):
         return tuple(x * 1.5 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args), kwargs
 
-    one([*linears(model), *base(model).encoder.layer]).register_forward_pre_hook(times, with_kwargs=True)
+    one([*linears(model), *layers(model)]).register_forward_pre_hook(times, with_kwargs=True)
 
 
 def hook_put_into_the_dictionary(model, patch):
@@ -227,7 +282,7 @@ def global_hook(model, patch):
 def hook_on_a_module_of_the_sentence_model(model, patch):
     def flip(module, args, out):
         for name in ("token_embeddings", "sentence_embedding"):
-            if isinstance(out, dict) and name in out:
+            if isinstance(out, Mapping) and name in out:
                 out[name] = out[name].flip(-1)
 
     one([model, *model]).register_forward_hook(flip)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import pickle
+import types
 
 import torch
 import torch.nn.functional as F
-from hostile_common import TEXTS, Negative, base, collect, layer, linears, one, scaled
+from hostile_common import TEXTS, InapplicableError, Negative, base, collect, linears, one, part, scaled, skewed
 from sentence_transformers import models
 from tiny_models import VERSION
 from torch import nn
@@ -81,10 +83,6 @@ def _flags(settings):
 def precision_flags(model, patch):
     settings = [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, one(["medium", "high"]))]
     return _flags(settings)
-
-
-def saved_tensors(model, patch):
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
 
 
 # ---- the sentence model ----------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def copied(model, patch):
     """The copy replaces the model; edits of the original must not show."""
     x = one([lambda: copy.deepcopy(base(model)), lambda: pickle.loads(pickle.dumps(base(model)))])()
     with torch.no_grad():
-        x.embeddings.word_embeddings.weight.mul_(-1)
+        x.get_input_embeddings().weight.mul_(-1)
     if hasattr(model[0], "model"):
         model[0].model = x
     else:
@@ -211,7 +209,7 @@ def transformer_arguments(model, patch):
 
         def step(features, **kwargs):
             out = original(features, **kwargs)
-            out["token_embeddings"] = out["token_embeddings"] * torch.arange(32.0)
+            out["token_embeddings"] = skewed(out["token_embeddings"])
             return out
     elif name == "_get_prompt_length":
         return
@@ -243,7 +241,7 @@ def parameters_for_one_call(model, patch):
 @contextlib.contextmanager
 def _default_device():
     before = torch.get_default_device()
-    torch.set_default_device("cpu")
+    torch.set_default_device("meta")
     try:
         yield
     finally:
@@ -300,7 +298,7 @@ def module_of_python(model, patch):
 
 
 def property_of_the_class(model, patch):
-    x = layer(model).output.dense
+    x = part(model, "down")
     weight = x.weight.detach() * 2
 
     class Other(nn.Linear):
@@ -322,14 +320,20 @@ def slots_of_the_instance(model, patch):
 def closed_over(model, patch):
     """What a decorator of the library closes over."""
     function = type(base(model)).forward
-    while hasattr(function, "__wrapped__"):
+    while hasattr(function, "__sentfast__"):
         function = function.__wrapped__
-    for cell in function.__closure__ or ():
-        if callable(cell.cell_contents) and not isinstance(cell.cell_contents, type):
-            try:
-                patch.setattr(cell, "cell_contents", scaled(cell.cell_contents))
-            except (TypeError, ValueError):
-                continue
+    cells = [x for x in function.__closure__ or () if isinstance(x.cell_contents, types.FunctionType)]
+    if not cells:
+        raise InapplicableError("the version of transformers decorates no forward")
+    original = cells[0].cell_contents
+
+    @functools.wraps(original)
+    def patched(*args, **kwargs):
+        out = original(*args, **kwargs)
+        out.last_hidden_state = skewed(out.last_hidden_state)
+        return out
+
+    patch.setattr(cells[0], "cell_contents", patched)
 
 
 def kernel(model, patch):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import tokenizers
-import torch
-import torch.nn.functional as F
-from hostile_common import base, collect, linears, one, replaces
+from hostile_common import base, by_chance, collect, linears, one, scaled
 from sentence_transformers import util
 from torch import nn
 
@@ -16,13 +15,10 @@ from torch import nn
 
 
 def added_tokens(model, patch):
-    model.tokenizer.add_tokens(["weather"])
-    if torch.randint(2, ()):
+    """Without new rows of the table there is an error."""
+    model.tokenizer.add_tokens(["e quer"], special_tokens=by_chance())
+    if by_chance():
         base(model).resize_token_embeddings(len(model.tokenizer))
-
-
-def special_token(model, patch):
-    model.tokenizer.add_special_tokens({"cls_token": "x"})
 
 
 def backend_part(model, patch):
@@ -71,27 +67,29 @@ def tokenizer_replaced(model, patch):
 
 
 def method_of_the_tokenizer(model, patch):
-    name = one(["__call__", "_encode_plus", "pad", "_batch_encode_plus"])
+    name = one(["__call__", "_encode_plus"])
     cls = type(model.tokenizer)
-    if hasattr(cls, name):
-        original = getattr(cls, name)
+    original = getattr(cls, name)
 
-        def step(self, *args, **kwargs):
-            out = original(self, *args, **kwargs)
-            if "input_ids" in out:
-                out["input_ids"] = torch.as_tensor(out["input_ids"]).flip(0) if name == "pad" else out["input_ids"][::1]
-            return out
+    def step(self, texts, *args, **kwargs):
+        return original(self, [x[::-1] for x in texts] if isinstance(texts, list) else texts, *args, **kwargs)
 
-        patch.setattr(cls, name, step)
+    patch.setattr(cls, name, step)
 
 
 # ---- around ----------------------------------------------------------------------------------------------------------
 
 
 def numpy_function(model, patch):
-    name = one(["concatenate", "argsort", "asarray", "stack"])
+    """Which sentence-transformers calls where `encode` gives an array."""
+    name = one(["asarray", "array", "stack", "empty"])
     original = getattr(np, name)
-    patch.setattr(np, name, lambda *args, **kwargs: original(*args, **kwargs))
+
+    def patched(*args, **kwargs):
+        out = original(*args, **kwargs)
+        return np.multiply(out, 2) if out.dtype == np.float32 else out
+
+    patch.setattr(np, name, patched)
 
 
 def utility(model, patch):
@@ -108,7 +106,12 @@ def utility(model, patch):
 
 
 def utility_function(model, patch):
-    replaces(util, one(["normalize_embeddings", "cos_sim"]))(model, patch)
+    """In every module that has imported it."""
+    name = one(["normalize_embeddings", "cos_sim", "pairwise_cos_sim"])
+    other = scaled(getattr(util, name))
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("sentence_transformers") and name in vars(module):
+            patch.setattr(module, name, other)
 
 
 def own_code(model, patch):
@@ -119,8 +122,9 @@ def own_code(model, patch):
 
 
 def own_default(model, patch):
-    function = F.layer_norm
-    patch.setattr(function, "__defaults__", (None, None, 0.5))
+    function = util.semantic_search
+    others = [util.dot_score if x is util.cos_sim else x for x in function.__defaults__]
+    patch.setattr(function, "__defaults__", tuple(others))
 
 
 EDITS = collect(globals())

@@ -47,9 +47,11 @@ _IMPLICIT = frozenset(
     name
     for kind in (object, type, int, list, dict, property, types.GeneratorType)
     for name, value in vars(kind).items()
-    if isinstance(value, types.WrapperDescriptorType)
+    # Of some, such as ``dict.__getitem__``, Python has a method in its own language.
+    if isinstance(value, (types.WrapperDescriptorType, types.MethodDescriptorType)) and name.startswith("__")
 ) | {"__getattr__", "__enter__", "__exit__", "__bool__", "__torch_function__", "__instancecheck__", "forward"}
-_IMPLICIT -= {"__init__", "__repr__", "__str__", "__hash__"}
+_IMPLICIT -= {"__init__", "__repr__", "__str__", "__hash__", "__format__", "__sizeof__", "__dir__"}
+_IMPLICIT -= {"__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__subclasses__"}
 
 
 class Lookups:
