@@ -12,7 +12,39 @@ import hostile_surroundings
 import hostile_texts
 from hostile_common import KINDS, TEXTS, InapplicableError, made, one
 
-__all__ = ["EDITS", "KINDS", "TEXTS", "InapplicableError", "made", "one"]
+__all__ = ["EDITS", "KINDS", "SHOWN_BY", "TEXTS", "InapplicableError", "made", "one"]
+
+_TRAINS, _OF_A_SENTENCE = ("gradient", "training"), ("encoded", "embedding", "gradient", "training", "scores")
+# The calls whose result shows an edit, where not each does.
+SHOWN_BY = {
+    "config_value": ("base_model",),
+    "dropout_of_a_module": ("training",),
+    "functional.dropout": ("training",),
+    "frozen": _TRAINS,
+    "gradient_mode": _TRAINS,
+    "array_of_a_tensor": ("encoded",),
+    "numpy_function": ("encoded",),
+    "torch.stack": ("encoded", "scores"),
+    "Tensor.cpu": ("encoded", "scores"),
+    "functional.normalize": ("encoded", "scores"),
+    "lower_limit": ("encoded", "scores"),
+    "own_default": ("scores",),
+    "prompts": ("encoded", "scores"),
+    "similarity": ("scores",),
+    "truncated_dimension": ("encoded", "scores"),
+    "utility": ("encoded", "scores"),
+    "utility_function": ("scores",),
+    "dense": _OF_A_SENTENCE,
+    "edited_dense": _OF_A_SENTENCE,
+    "hook_on_a_module_of_the_sentence_model": _OF_A_SENTENCE,
+    "modules_in_another_order": _OF_A_SENTENCE,
+    "normalized": _OF_A_SENTENCE,
+    "own_normalize": _OF_A_SENTENCE,
+    "pooling_mode": _OF_A_SENTENCE,
+    "pooling_of_a_subclass": _OF_A_SENTENCE,
+    "pooling_step_of_the_instance": _OF_A_SENTENCE,
+    "transformer_arguments": _OF_A_SENTENCE,
+}
 
 EDITS = {
     **{edit.__name__: edit for edit in hostile_code.FUNCTIONS},

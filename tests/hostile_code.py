@@ -53,7 +53,6 @@ FUNCTIONS = [
     replaces(torch.Tensor, "to"),
     replaces(torch.Tensor, "float"),
     replaces(torch.Tensor, "unsqueeze"),
-    replaces(torch.Tensor, "numpy"),
     replaces(torch.Tensor, "cpu"),
     replaces(torch.Tensor, "detach"),
     replaces(torch, "stack"),

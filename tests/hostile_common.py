@@ -160,7 +160,7 @@ def replaces(owner, name):
     def edit(model, patch):
         patch.setattr(owner, name, scaled(getattr(owner, name)))
 
-    edit.__name__ = f"{getattr(owner, '__name__', owner)}.{name}"
+    edit.__name__ = f"{owner.__name__.rpartition('.')[2]}.{name}"
     return edit
 
 

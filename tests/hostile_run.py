@@ -59,7 +59,7 @@ def visible(models, given) -> None:
         found = collections.Counter()
         for seed in range(given.visible):
             for kind, plain in models.items():
-                for call in given.calls:
+                for call in hostile.SHOWN_BY.get(name, given.calls):
                     case = hostile_cases.Case(kind, name, call, False, seed)
                     found[call] += hostile_cases.shows(case, plain)
         print(f"{sum(found.values()):5d} {name:40s}", dict(found), flush=True)

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import tokenizers
+import torch
 from hostile_common import base, by_chance, collect, linears, one, scaled
 from sentence_transformers import util
 from torch import nn
@@ -81,15 +82,14 @@ def method_of_the_tokenizer(model, patch):
 
 
 def numpy_function(model, patch):
-    """Which sentence-transformers calls where `encode` gives an array."""
-    name = one(["asarray", "array", "stack", "empty"])
-    original = getattr(np, name)
+    """The order in which sentence-transformers takes texts, and puts results back."""
+    original = np.argsort
+    patch.setattr(np, "argsort", lambda *args, **kwargs: original(*args, **kwargs)[::-1])
 
-    def patched(*args, **kwargs):
-        out = original(*args, **kwargs)
-        return np.multiply(out, 2) if out.dtype == np.float32 else out
 
-    patch.setattr(np, name, patched)
+def array_of_a_tensor(model, patch):
+    original = torch.Tensor.numpy
+    patch.setattr(torch.Tensor, "numpy", lambda x, **kwargs: original(x, **kwargs) * 2)
 
 
 def utility(model, patch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from functools import partial
 
 import pytest
@@ -174,3 +176,46 @@ def test_a_module_inside_a_loss_is_honoured(what, how, model):
         found = value_and_gradient(loss, columns(2))
         with sentfast.disabled():
             assert_alike(found, value_and_gradient(loss, columns(2)))
+
+
+def _edits_of_settings(loss):
+    names = [name for name, value in vars(loss).items() if not name.startswith("_") and not isinstance(value, list)]
+    name = names[int(torch.randint(len(names), ()))]
+    return [
+        lambda: setattr(loss, name, [3, -1.5, None, "other", (1, 2), len, object()][int(torch.randint(7, ()))]),
+        lambda: setattr(loss, f"new{int(torch.randint(9, ()))}", 1),
+        lambda: delattr(loss, name),
+        lambda: vars(loss).update({name: partial(abs, 1)}),
+        lambda: setattr(loss, "__class__", type("Other", (type(loss),), {})),
+        lambda: setattr(loss, "cache", [torch.zeros(1)]),
+    ]
+
+
+@pytest.mark.parametrize("matryoshka", [False, True])
+@pytest.mark.parametrize("what", SITES)
+def test_settings_are_those_of_now(what, matryoshka, model):
+    """Read once and compared; after an edit of the loss or of the one inside they are what they would be read as."""
+    loss, _ = loss_of(what, model, matryoshka)
+    for _ in range(12):
+        before = loss_proofs.settings((loss,))
+        assert loss_proofs.settings((loss,)) is before
+        edited = loss.loss if matryoshka and torch.randint(2, ()) else loss
+        edits = _edits_of_settings(edited)
+        edits[int(torch.randint(len(edits), ()))]()
+        found = loss_proofs.settings((loss,))
+        loss_proofs._known.pop(edited)
+        assert found == loss_proofs.settings((loss,))
+
+
+def test_settings_keep_no_loss_alive(model):
+    for what in SITES:
+        for matryoshka in (False, True):
+            loss, _ = loss_of(what, model, matryoshka)
+            inner = loss.loss if matryoshka else loss
+            loss_proofs.settings((loss,))
+            if "cached" in what and matryoshka:
+                loss_proofs.settings((inner.calculate_loss,))
+            dead = weakref.ref(inner)
+            del loss, inner
+            gc.collect()
+            assert dead() is None

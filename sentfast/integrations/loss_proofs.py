@@ -6,12 +6,14 @@ Nothing of the loss itself is changed: examples hold copies of it. Other process
 from __future__ import annotations
 
 import copy
+import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from sentfast import weak
 from sentfast.integrations import matryoshka
 from sentfast.integrations.versions import Version
 
@@ -20,27 +22,84 @@ _DIMS, _WEIGHTS = (8, 4, 2), (1.0, 0.5, 0.25)
 # So far from a guide's limit that no rounding decides which candidates are left out of the examples.
 _MARGIN = 0.0625
 _PLAIN = (str, bool, int, float, type(None))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 Rows = Callable[[float], Tensor]
 
 
 def settings(args: tuple) -> tuple[Any, ...]:
     """What tells calls apart that have to be proven by themselves: the settings of a loss and of the losses inside."""
-    return tuple(_settings(args[0]))
+    return _settings(_method_of(args[0]) or args[0])
 
 
-def _settings(loss: Any) -> Iterator[Any]:
-    loss = _method_of(loss) or loss
-    yield type(loss)
-    for name, value in vars(loss).copy().items():
+class _Settings:
+    """Those of one loss, and of the loss inside it, read once and compared at each call.
+
+    Nothing is kept that may lead back to the loss, such as its dictionary: a table of weak keys holds this.
+    """
+
+    def __init__(self, loss: Any):
+        space = vars(loss).copy()
+        kept = [name for name, value in space.items() if _leads_nowhere(value)]
+        others = [name for name in space if name not in kept and name not in _OF_EVERY_MODULE]
+        self._cls, self._size = type(loss), len(space)
+        self._values, self._others = _getter(kept), _getter(others)
+        self._before, self._kinds = self._values(space), list(map(_kind, self._others(space)))
+        self._own = (type(loss), *_settings_of(space))
+        self._inner: Any = None
+        self._key = self._own
+
+    def same(self, loss: Any) -> bool:
+        space = vars(loss)
+        if type(loss) is not self._cls or len(space) != self._size:
+            return False
+        try:
+            return self._values(space) == self._before and list(map(_kind, self._others(space))) == self._kinds
+        except KeyError:
+            return False
+
+    def with_inner(self, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._inner is not inner:
+            self._inner, self._key = inner, (*self._own, *inner)
+        return self._key
+
+
+_known: weak.Table[_Settings] = weak.Table()
+
+
+def _settings(loss: Any) -> tuple[Any, ...]:
+    known = _known.get(loss)
+    if known is None or not known.same(loss):
+        known = _known[loss] = _Settings(loss)
+    inner = (vars(loss).get("_modules") or {}).get("loss")
+    return known.with_inner(_settings(inner) if isinstance(inner, nn.Module) else ())
+
+
+def _settings_of(space: dict[str, Any]) -> Iterator[Any]:
+    for name, value in space.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, value > 0  # larger or smaller takes no other way
-        elif isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(x, _PLAIN) for x in value)):
+        elif _plain(value):
             yield name, value
         elif callable(value):
-            yield name, getattr(value, "__qualname__", type(value))
-    inner = (getattr(loss, "_modules", None) or {}).get("loss")
-    if isinstance(inner, nn.Module):
-        yield from _settings(inner)
+            yield name, _kind(value)
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(x, _PLAIN) for x in value))
+
+
+def _leads_nowhere(value: Any) -> bool:
+    """A plain value, or a function or class that belongs to nobody."""
+    function = isinstance(value, types.FunctionType) and value.__closure__ is None
+    return function or _plain(value) or isinstance(value, type)
+
+
+def _kind(value: Any) -> Any:
+    return getattr(value, "__qualname__", type(value)) if callable(value) else type(value)
+
+
+def _getter(names: list[str]) -> Callable[[dict], tuple]:
+    return operator.itemgetter(*names) if len(names) > 1 else lambda space: tuple(space[name] for name in names)
 
 
 def _method_of(decorator: Any) -> Any:
