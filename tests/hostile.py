@@ -7,6 +7,7 @@ Each is a function of a SentenceTransformer: it edits at once, and may return a 
 from __future__ import annotations
 
 import hostile_code
+import hostile_deeper
 import hostile_models
 import hostile_surroundings
 import hostile_texts
@@ -49,6 +50,7 @@ SHOWN_BY = {
 EDITS = {
     **{edit.__name__: edit for edit in hostile_code.FUNCTIONS},
     **hostile_code.EDITS,
+    **hostile_deeper.EDITS,
     **hostile_models.EDITS,
     **hostile_surroundings.EDITS,
     **hostile_texts.EDITS,

@@ -134,8 +134,8 @@ def edited(case, model, patch):
     return hostile.EDITS[case.edit](model, patch)
 
 
-def attempt(case, plain):
-    """Ours after the edit against stock after the edit, and again when the patch is undone.
+def attempt(case, plain, undone=True):
+    """Ours after the edit against stock after the edit, and if asked for again when the patch is undone.
 
     Edits that hold during a call only are made anew for stock.
     """
@@ -156,6 +156,8 @@ def attempt(case, plain):
             expected = outcome(case.call, model, again, case.seed)
         difference = alike(found, expected, allowed)
         assert not difference, f"{case}: {difference}"
+    if not undone:
+        return "alike"
     found = outcome(case.call, model, None, case.seed)
     with sentfast.disabled():
         expected = outcome(case.call, model, None, case.seed)

@@ -17,6 +17,7 @@ from hostile_common import (
     layers,
     linears,
     one,
+    owner_of,
     part,
     replaces,
     scaled,
@@ -143,11 +144,6 @@ def own_module(model, patch):
     linear = part(model, "query")
     owner, name = owner_of(model, linear)
     setattr(owner, name, Lora(linear))
-
-
-def owner_of(model, module):
-    """Who has the module, and under which name."""
-    return next((x, name) for x in base(model).modules() for name, y in x.named_children() if y is module)
 
 
 def swapped_layers(model, patch):

@@ -108,6 +108,11 @@ def part(model, name, of=None):
     )
 
 
+def owner_of(model, module):
+    """Who has the module, and under which name."""
+    return next((x, name) for x in base(model).modules() for name, y in x.named_children() if y is module)
+
+
 def linears(model):
     return [x for name, x in base(model).named_modules() if type(x) is nn.Linear and "pooler" not in name]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -34,8 +35,16 @@ class ModelLookups(Lookups):
         self._known_barred: dict[frozenset[str], set[str]] = {}
         for module in (model, *inner):
             self._instance(module, None if module is model else module)
+            self._classes_of_tensors(module)
         if config is not None:
-            self._whole(vars(config), nested=True)
+            self._whole(vars(config), nested=True, owner=config)
+
+    def _classes_of_tensors(self, module: nn.Module) -> None:
+        """An object may be given another class where it is."""
+        for name in ("_parameters", "_buffers"):
+            for x in vars(module)[name].copy().values():
+                if x is not None:
+                    self._tables[id(vars(x))] = vars(x), x, {}, None
 
     def _instance(self, module: nn.Module, owner: nn.Module | None) -> None:
         """All attributes that a module has, as the code may put their names together, and none of the names more."""
@@ -68,11 +77,11 @@ class ModelLookups(Lookups):
             self._known_barred[passed] = self.names - passed
         return self._known_barred[passed]
 
-    def _whole(self, space: dict, nested: bool) -> None:
+    def _whole(self, space: dict, nested: bool, owner: Any = None) -> None:
         """Everything in a dictionary, and in what lies in it under a name that is looked up."""
         if id(space) in self._tables:
             return
-        self._tables[id(space)] = (space, None, dict.fromkeys(space), True)
+        self._tables[id(space)] = (space, owner, dict.fromkeys(space), True)
         for name, value in space.copy().items():
             if nested and name not in self.names:
                 continue

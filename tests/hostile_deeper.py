@@ -1,0 +1,211 @@
+"""Edits of what is seldom looked at: classes of objects, hooks of gradients, wrappers of other packages."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from hostile_common import Negative, base, by_chance, collect, layers, linears, one, owner_of, part, scaled, skewed
+from torch import nn
+
+# ---- classes of objects ----------------------------------------------------------------------------------------------
+
+
+def class_of_the_configuration(model, patch):
+    """A property of a class comes before what an object has of that name."""
+    config = base(model).config
+    name, value = one([("is_decoder", True), ("output_hidden_states", True), ("return_dict", False)])
+    config.__class__ = type("Other", (type(config),), {name: property(lambda self: value, lambda self, x: None)})
+
+
+class _Loud(nn.Parameter):
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            out = function(*args, **(kwargs or {}))
+            return skewed(out) if function in (F.linear, torch.layer_norm, torch.embedding) else out
+
+
+def class_of_a_parameter(model, patch):
+    one([one(linears(model)), part(model, "words"), part(model, "norm")]).weight.__class__ = _Loud
+
+
+def parameter_of_a_subclass(model, patch):
+    x = one([one(linears(model)), part(model, "words"), part(model, "norm")])
+    x.weight = _Loud(x.weight.detach().clone())
+
+
+def call_of_a_class(model, patch):
+    """Of a class that had it from its bases until now."""
+    cls = one([nn.LayerNorm, nn.Linear, nn.Embedding, type(layers(model)[0]), type(part(model, "attention"))])
+    name, original = one([("__call__", nn.Module.__call__), ("_call_impl", nn.Module._call_impl)])
+
+    def call(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        return (skewed(out[0]), *out[1:]) if isinstance(out, tuple) else skewed(out)
+
+    patch.setattr(cls, name if name == "__call__" else "__call__", call, raising=False)
+
+
+def module_that_is_a_property(model, patch):
+    """On the class of who has it."""
+    owner, name = owner_of(model, part(model, "down"))
+    found = getattr(owner, name)
+    patch.setattr(type(owner), name, property(lambda self: lambda x: skewed(found(x))), raising=False)
+
+
+def an_autograd_function(model, patch):
+    """In place of a function of PyTorch."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x * 2
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * 3
+
+    name = one(["linear", "layer_norm", "embedding"])
+    original = getattr(F, name)
+    patch.setattr(F, name, lambda *args, **kwargs: Twice.apply(original(*args, **kwargs)))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def hook_of_a_gradient(model, patch):
+    x = one(list(base(model).parameters()))
+    if by_chance():
+        x.register_hook(lambda gradient: gradient * 2)
+    else:
+        x.register_post_accumulate_grad_hook(lambda x: x.grad.mul_(2))
+
+
+def backward_hook(model, patch):
+    modules = [*linears(model), *layers(model), base(model), part(model, "norm"), part(model, "first_norm")]
+    one(modules).register_full_backward_pre_hook(lambda module, gradients: tuple(2 * x for x in gradients))
+
+
+def backward_hook_of_the_sentence_model(model, patch):
+    one([model[1], model[0]]).register_full_backward_hook(lambda module, given, gradients: None)
+    base(model).get_input_embeddings().weight.register_hook(lambda x: x * 2)
+
+
+# ---- other packages --------------------------------------------------------------------------------------------------
+
+
+def quantized(model, patch):
+    from torch.ao.quantization import quantize_dynamic
+
+    quantize_dynamic(base(model), {nn.Linear}, inplace=True)
+
+
+def adapter(model, patch):
+    """LoRA of PEFT in its states; the base model is the one that has the layers."""
+    import peft
+
+    names = [name for name, x in base(model).named_modules() if x is part(model, "query", layers(model)[0])]
+    wrapped = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=[names[0].rpartition(".")[2]], init_lora_weights=False), base(model)
+    )
+    found = [x for x in wrapped.modules() if hasattr(x, "lora_A")]
+    for step in one(["", "m", "mu", "d", "de", "s", "ms", "mus"]):
+        for x in found:
+            if step == "m":
+                x.merge()
+            elif step == "u":
+                x.unmerge()
+            elif step == "d":
+                x.enable_adapters(False)
+            elif step == "e":
+                x.enable_adapters(True)
+            else:
+                x.scaling["default"] = 7.0
+
+
+def half_and_back(model, patch):
+    base(model).to(one([torch.bfloat16, torch.float16])).float()
+
+
+def other_embeddings(model, patch):
+    x = base(model).get_input_embeddings().weight
+    base(model).set_input_embeddings(nn.Embedding.from_pretrained(x.detach().flip(0), freeze=by_chance()))
+
+
+def registered_function(model, patch):
+    """For attention, or for masks."""
+    from transformers import masking_utils, modeling_utils
+
+    if by_chance():
+        mapping = modeling_utils.AttentionInterface._global_mapping
+        original = mapping["sdpa"]
+        patch.setitem(mapping, "sdpa", lambda *args, **kwargs: (skewed((x := original(*args, **kwargs))[0]), *x[1:]))
+    else:
+        patch.setitem(masking_utils.AttentionMaskInterface._global_mapping, "sdpa", lambda *args, **kwargs: None)
+
+
+# ---- the sentence model ----------------------------------------------------------------------------------------------
+
+
+def prompt_left_out(model, patch):
+    model.set_pooling_include_prompt(False)
+    model.prompts["query"] = "the query: "
+    model.default_prompt_name = "query"
+
+
+def prompt_edited(model, patch):
+    """After a call that has counted its tokens."""
+    prompt_left_out(model, patch)
+    model.encode("x")
+    model.prompts["query"] = "in the weather: "
+
+
+def processing_arguments(model, patch):
+    model[0].processing_kwargs = {"text": {"max_length": 4, "truncation": True}}
+
+
+def several_modes(model, patch):
+    model[1].pooling_mode = ("mean", "max")
+
+
+def similarity_of_the_model(model, patch):
+    model._similarity, model._similarity_pairwise = (lambda x, y: x @ y.T * 2), (lambda x, y: (x * y).sum(-1) * 2)
+
+
+def method_of_the_model(model, patch):
+    name = one(["similarity", "similarity_pairwise", "preprocess", "encode"])
+    original = getattr(type(model), name)
+
+    def step(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        return {**out, "input_ids": out["input_ids"].flip(0)} if name == "preprocess" else out * 2
+
+    if isinstance(original, property):
+        patch.setattr(type(model), name, property(lambda self: scaled(original.fget(self))))
+    else:
+        patch.setattr(type(model), name, step)
+
+
+class _Inside(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def wrapped_layer(model, patch):
+    """As checkpoint wrappers and nn.DataParallel do."""
+    x = one([_Inside, nn.DataParallel])(layers(model)[0])
+    x.attention_type = getattr(layers(model)[0], "attention_type", None)
+    layers(model)[0] = x
+    with torch.no_grad():
+        one(linears(model)).weight.mul_(2)
+
+
+def negative_by_parametrization_of_the_table(model, patch):
+    torch.nn.utils.parametrize.register_parametrization(base(model).get_input_embeddings(), "weight", Negative())
+
+
+EDITS = collect(globals())
