@@ -45,6 +45,15 @@ SHOWN_BY = {
     "pooling_of_a_subclass": _OF_A_SENTENCE,
     "pooling_step_of_the_instance": _OF_A_SENTENCE,
     "transformer_arguments": _OF_A_SENTENCE,
+    "step_that_reads_hidden_rows": _OF_A_SENTENCE,
+    "several_modes": _OF_A_SENTENCE,
+    "backward_hook": _TRAINS,
+    "backward_hook_of_the_sentence_model": _TRAINS,
+    "hook_of_a_gradient": _TRAINS,
+    "method_of_the_model": ("encoded", "scores"),
+    "prompt_edited": ("encoded", "scores"),
+    "prompt_left_out": ("encoded", "scores"),
+    "similarity_of_the_model": ("scores",),
 }
 
 EDITS = {

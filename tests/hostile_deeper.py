@@ -168,6 +168,23 @@ def several_modes(model, patch):
     model[1].pooling_mode = ("mean", "max")
 
 
+def step_that_reads_hidden_rows(model, patch):
+    """Of the class or of the instance: padding counts as any token."""
+    x = model[1]
+
+    def mean(features):
+        return {**features, "sentence_embedding": features["token_embeddings"].mean(1)}
+
+    if by_chance() and hasattr(x, "_forward_padded"):
+        if by_chance():
+            x._forward_padded = lambda tokens, *args, **kwargs: [tokens.mean(1)]
+        else:
+            patch.setattr(type(x), "_forward_padded", lambda self, tokens, *args, **kwargs: [tokens.mean(1)])
+    else:
+        name = one(["__call__", "forward"])
+        patch.setattr(type(x), name, lambda self, features: mean(features), raising=False)
+
+
 def similarity_of_the_model(model, patch):
     model._similarity, model._similarity_pairwise = (lambda x, y: x @ y.T * 2), (lambda x, y: (x * y).sum(-1) * 2)
 

@@ -291,3 +291,18 @@ def test_the_tokenizer_is_left_as_the_original_leaves_it(paths, tmp_path):
         files.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
     assert states[0] == states[1]
     assert files[0] == files[1] and len(files[0]) > 5
+
+
+@pytest.mark.parametrize("place", ["transformer", "base model", "pooler", "pooling"])
+def test_encode_evaluates_modules_that_came_later(place, makers):
+    """As the original's ``self.eval()`` in every call."""
+    model = makers["bert"]()
+    model.encode(TEXTS[:2])
+    base = model[0].auto_model
+    places = {"transformer": model[0], "base model": base, "pooler": base.pooler, "pooling": model[1]}
+    places[place].other = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    model.encode(TEXTS[:2])
+    assert not any(module.training for module in model.modules())
+    places[place].other[0].train()
+    model.encode(TEXTS[:2])
+    assert not any(module.training for module in model.modules())

@@ -62,6 +62,7 @@ def test_drawn_edits_are_honoured(plain):
         ("class_of_a_parameter", "encoded"),
         ("class_of_a_parameter", "gradient"),
         ("method_of_a_registry", "base_model"),
+        ("step_that_reads_hidden_rows", "embedding"),
         ("Tensor.sum", "gradient"),
         ("Tensor.sum", "embedding"),
     ],

@@ -7,7 +7,9 @@ while it runs, and the plain caller of an accelerated base model says what is wa
 
 from __future__ import annotations
 
+import functools
 import importlib
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +19,7 @@ from torch import nn
 
 from sentfast.encoder import adapters, choice
 from sentfast.encoder.structure import has_hooks
-from sentfast.integrations import layers
+from sentfast.integrations import layers, originals
 from sentfast.integrations.versions import Version
 from sentfast.report import warn
 
@@ -131,11 +133,20 @@ def _left_out(modules: Any) -> bool | None:
 
 def _listened(module: nn.Module) -> bool:
     """The module's code is not sentence-transformers' own, or somebody listens to it or to its parts."""
-    if "forward" in vars(module) or layers.foreign(type(module).forward):
+    if layers.foreign(type(module).forward) or not vars(module).keys().isdisjoint(_methods(type(module))):
+        return True
+    if originals.why_not_class(type(module), module):
         return True
     if "auto_model" in module._modules or "model" in module._modules or type(module).__name__ == "Router":
         return _hooked(module)
     return any(map(_hooked, module.modules()))
+
+
+@functools.cache
+def _methods(cls: type) -> frozenset[str]:
+    """Names under which an instance may have a step of its own."""
+    kinds = types.FunctionType, classmethod, staticmethod
+    return frozenset(name for kind in cls.__mro__ for name, x in vars(kind).items() if isinstance(x, kinds))
 
 
 def _plain_transformer(module: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from sentfast import locks, weak
 from sentfast.encoder import watch
 from sentfast.encoder.lookups import Lookups
+from sentfast.encoder.structure import unmarked
 
 _PACKAGES = (
     *("sentence_transformers.", "torch.nn.functional.", "torch.functional."),
@@ -95,6 +96,15 @@ def intact(function: Any) -> bool:
     if found is None:
         found = _by_function.setdefault(function, Original([function]))
     return not found.why_not()
+
+
+def why_not_class(cls: Any, module: Any) -> str:
+    """The reason code why the class's `forward`, and the methods that it calls, are not what they were."""
+    function = unmarked(cls.forward)
+    found = _by_function.get(function)
+    if found is None:
+        found = _by_function.setdefault(function, Original([function], [cls]))
+    return found.why_not((module,))
 
 
 def as_long_as_same(original: Original, attempt: Callable, leading: int = 0) -> Callable:

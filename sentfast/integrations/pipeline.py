@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sentfast import functional, private, weak
-from sentfast.encoder import Composed, Encoder, choice, encoder_of
+from sentfast.encoder import Composed, Encoder, choice, encoder_of, watch
 from sentfast.integrations import guards, layers, modules, originals, tail_proof, tokenize
 from sentfast.integrations.versions import Version
 
@@ -228,9 +227,8 @@ def _activate(function: Any, x: Tensor) -> Tensor:
     return torch.cat([function(row) for row in rows.split(1)])[:, :width]
 
 
-_training = attrgetter("training")
-# The modules below a model, with what tells whether they are still the same: the encoder and the model's own modules.
-_below: weak.Table[tuple[Encoder | Composed, list[nn.Module], list[nn.Module]]] = weak.Table()
+# The modules below a model, all of them in evaluation mode: compares that they still are.
+_evaluated: weak.Table[Any] = weak.Table()
 
 
 def find_evaluated(version: Version, model: Any) -> Pipeline | str:
@@ -243,10 +241,18 @@ def find_evaluated(version: Version, model: Any) -> Pipeline | str:
         found = find(version, model)
     if isinstance(found, str):
         return found
-    below, children = _below.get(model), list(model._modules.values())
-    if below is None or below[0] is not found.encoder or list(map(id, below[1])) != list(map(id, children)):
-        below = found.encoder, children, list(model.modules())[1:]
-        _below[model] = below
-    if any(map(_training, below[2])) or any(part.training for module in found.tail for part in module.modules()):
+    known = _evaluated.get(model)
+    if known is None or not known.same():
         model.eval()
+        _evaluated[model] = watch.modes(_modes(model))
     return found
+
+
+def _modes(model: nn.Module) -> list[tuple[dict, Any, tuple[str, ...], Any]]:
+    """Who is below a model, and in which mode."""
+    tables: list[tuple[dict, Any, tuple[str, ...], Any]] = []
+    for module in model.modules():
+        tables.append((module._modules, None, tuple(module._modules), True))
+        if module is not model:  # which is never held, and was asked
+            tables.append((vars(module), module, ("training", "_modules"), None))
+    return tables
