@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import sys
 import weakref
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from sentence_transformers import losses
 from text_losses import CACHED, CACHED_GIST, CACHED_SYMMETRIC, GIST, MNRL, SYMMETRIC, columns, value_and_gradient
 from tiny_models import VERSION, build
+from torch import nn
 
 import sentfast
 from sentfast import functional
@@ -219,3 +221,45 @@ def test_settings_keep_no_loss_alive(model):
             del loss, inner
             gc.collect()
             assert dead() is None
+
+
+def _flipped(out):
+    return {**out, "sentence_embedding": out["sentence_embedding"].flip(-1)}
+
+
+def _called(self, features, **kwargs):
+    return _flipped(nn.Module.__call__(self, features, **kwargs))
+
+
+# Around the inner loss and the model: (edit of a MatryoshkaLoss by a patch).
+AROUND = {
+    "hook of the inner loss": lambda loss, patch: loss.loss.register_forward_hook(lambda module, args, out: out * 2),
+    "hook before the inner loss": lambda loss, patch: loss.loss.register_forward_pre_hook(
+        lambda module, args: (args[0][::-1], args[1])
+    ),
+    "backward hook of the inner loss": lambda loss, patch: loss.loss.register_full_backward_pre_hook(
+        lambda module, gradients: tuple(x * 2 for x in gradients)
+    ),
+    "hook of the model": lambda loss, patch: loss.model.register_forward_hook(lambda module, args, out: _flipped(out)),
+    "call of the model": lambda loss, patch: patch.setattr(type(loss.model), "__call__", _called, raising=False),
+    "shrink": lambda loss, patch: patch.setattr(
+        sys.modules[losses.MatryoshkaLoss.__module__], "shrink", lambda x, dim: x[..., -dim:]
+    ),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("edit", AROUND)
+def test_what_is_around_a_loss_for_all_lengths(edit, called, model, monkeypatch):
+    """Which runs once where the original runs the inner loss for each length."""
+    what = list(SITES)[int(torch.randint(len(SITES), ()))]
+    loss, _ = loss_of(what, copy.deepcopy(model), matryoshka=True)
+    loss.n_dims_per_step = -1
+    if called:
+        value_and_gradient(loss, columns(2))
+    AROUND[edit](loss, monkeypatch)
+    random.seed(0)
+    found = value_and_gradient(loss, columns(2))
+    random.seed(0)
+    with sentfast.disabled():
+        assert_alike(found, value_and_gradient(loss, columns(2)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sentfast import private
 from sentfast.encoder.structure import unmarked
-from sentfast.integrations import losses, originals
+from sentfast.integrations import layers, losses, originals
 from sentfast.integrations.losses import Prefixes
 from sentfast.integrations.versions import Version
 
@@ -44,6 +44,15 @@ def cached_matryoshka_loss(
     return original(decorator, reps, *args, **kwargs)
 
 
+def decorators(version: Version) -> tuple[type, ...]:
+    """Classes that the original cuts embeddings by."""
+    module = importlib.import_module(version.loss_module("MatryoshkaLoss"))
+    return tuple(getattr(module, name) for name in ("ForwardDecorator", "CachedLossDecorator") if hasattr(module, name))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 class _Taken(NamedTuple):
     """What runs in place of the inner loss; guided: from the features on, else from their embeddings."""
 
@@ -57,6 +66,9 @@ def _taken(version: Version, loss: Any) -> _Taken | None:
     if not all(isinstance(x, nn.Module) for x in (inner, loss.model)):
         return None
     if getattr(inner, "model", None) is not loss.model or "forward" in vars(inner):
+        return None
+    # The one is not called as a module, and who listens to the other would be told whole embeddings.
+    if any(vars(x)[name] for x in (inner, loss.model) for name in _HOOKS) or layers.foreign(type(loss.model).__call__):
         return None
     guided = _step(version, type(inner).forward, inner)
     if guided is not None:

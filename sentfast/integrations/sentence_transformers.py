@@ -178,7 +178,7 @@ def _checked(version: Version, row: Row, attempt: Callable, original: Callable, 
     name = ".".join([*(owner.__name__ for owner in owners), row.attribute])
     leading = (name, original) if row.wrap is with_original else ()
     prove = functools.partial(proofs.prove, name, version, original, functools.partial(attempt, *leading))
-    inside = losses.MODULES if proofs.key(name) else ()
+    inside = (*losses.MODULES, *matryoshka.decorators(version)) if proofs.key(name) else ()
     found = originals.Original([original], [*owners, *inside], prove, proofs.key(name))
     originals.note(original, found)
     return originals.as_long_as_same(found, attempt, len(leading))
