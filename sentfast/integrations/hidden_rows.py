@@ -133,9 +133,10 @@ def _left_out(modules: Any) -> bool | None:
 
 def _listened(module: nn.Module) -> bool:
     """The module's code is not sentence-transformers' own, or somebody listens to it or to its parts."""
-    if layers.foreign(type(module).forward) or not vars(module).keys().isdisjoint(_methods(type(module))):
+    cls: Any = type(module)
+    if layers.foreign(cls.forward) or not vars(module).keys().isdisjoint(_methods(cls)):
         return True
-    if originals.why_not_class(type(module), module):
+    if originals.why_not_class(cls, module):
         return True
     if "auto_model" in module._modules or "model" in module._modules or type(module).__name__ == "Router":
         return _hooked(module)
@@ -143,7 +144,7 @@ def _listened(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _methods(cls: type) -> frozenset[str]:
+def _methods(cls: Any) -> frozenset[str]:
     """Names under which an instance may have a step of its own."""
     kinds = types.FunctionType, classmethod, staticmethod
     return frozenset(name for kind in cls.__mro__ for name, x in vars(kind).items() if isinstance(x, kinds))
