@@ -46,11 +46,11 @@ def case(draw: Draw) -> dict[str, Any]:
     seen["features"] = {name: value for name, value in features.items() if name != "token_embeddings"}
     seen["unchanged"] = torch.equal(before.nan_to_num(), features["token_embeddings"].detach().nan_to_num())
     if not isinstance(out, Raised):
-        seen["gradient"] = gradient(draw, out["sentence_embedding"], x)
+        seen["gradient"] = gradient(draw, out["sentence_embedding"], x, given)
     return seen
 
 
-def gradient(draw: Draw, embedding: Tensor, x: Tensor) -> Any:
+def gradient(draw: Draw, embedding: Tensor, x: Tensor, mask: Any) -> Any:
     if not embedding.requires_grad:
         return "none"
     if draw.chance("in place", 0.15):
@@ -70,7 +70,17 @@ def gradient(draw: Draw, embedding: Tensor, x: Tensor) -> Any:
             return second
         found.append(second[0])
     # Normalised, it is a difference of numbers that may cancel altogether.
-    return [Sized(each.detach(), max(largest(each), largest(weights))) for each in found]
+    return [
+        Sized(without_hidden(each.detach(), embedding, mask), max(largest(each), largest(weights))) for each in found
+    ]
+
+
+def without_hidden(gradient: Tensor, embedding: Tensor, mask: Any) -> Tensor:
+    """Of an embedding that is not finite, the tokens that are not in use have NaN times 0 in stock, and 0 here."""
+    if not isinstance(mask, Tensor) or mask.shape != gradient.shape[:2] or len(embedding) != len(mask):
+        return gradient
+    hidden = (mask == 0) & ~embedding.detach().isfinite().all(dim=1, keepdim=True)
+    return gradient.masked_fill(hidden[:, :, None] & gradient.isnan(), 0)
 
 
 def largest(x: Tensor) -> float:
