@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import random
 import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,34 @@ def waits(child: int, seconds: float = 30) -> int:
     os.kill(child, 9)
     os.waitpid(child, 0)
     pytest.fail("the child hangs")
+
+
+def test_switching_leaves_nothing_behind(makers):
+    """No object for each time that sentfast is switched on, by itself or around calls."""
+    from sentence_transformers import util
+
+    model, x = makers["bert"](), torch.randn(20, 32)
+    calls = {
+        "nothing": lambda: None,
+        "encode": lambda: model.encode("a b c"),
+        "similarity": lambda: (util.cos_sim(x, x), util.pairwise_dot_score(x, x), util.semantic_search(x, x)),
+        "accelerate": lambda: sentfast.accelerate(sentfast.restore(model)),
+        "explain": lambda: str(sentfast.explain(model)),
+    }
+
+    def count(times: int, call: Callable[[], object]) -> int:
+        for _ in range(times):
+            sentfast.disable()
+            call()
+            sentfast.enable()
+            call()
+        gc.collect()
+        return len(gc.get_objects())
+
+    for name, call in calls.items():
+        counts = [count(10, call) for _ in range(4)]
+        # What is kept once, as by a cache, comes in one of the rounds.
+        assert min(after - before for before, after in itertools.pairwise(counts)) < 20, (name, counts)
 
 
 class Alarm(BaseException):

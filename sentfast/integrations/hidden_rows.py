@@ -143,7 +143,7 @@ def _listened(module: nn.Module) -> bool:
     return any(map(_hooked, module.modules()))
 
 
-@functools.cache
+@functools.lru_cache(256)
 def _methods(cls: Any) -> frozenset[str]:
     """Names under which an instance may have a step of its own."""
     kinds = types.FunctionType, classmethod, staticmethod

@@ -18,6 +18,7 @@ from sentfast import private
 from sentfast.integrations import (
     evaluation,
     hidden_rows,
+    layers,
     losses,
     mark,
     matryoshka,
@@ -134,6 +135,7 @@ def resolve(text: str) -> Version | None:
 
 def sites() -> Iterator[Site]:
     """The table as attributes to replace, for the installed version."""
+    layers.foreign.cache_clear()  # it holds what was put in their place the last time
     text = installed()
     version = resolve(text)
     if not tested(text):
@@ -180,7 +182,10 @@ def _checked(version: Version, row: Row, attempt: Callable, original: Callable, 
     prove = functools.partial(proofs.prove, name, version, original, functools.partial(attempt, *leading))
     inside = (*losses.MODULES, *matryoshka.decorators(version)) if proofs.key(name) else ()
     found = originals.Original([original], [*owners, *inside], prove, proofs.key(name))
-    originals.note(original, found)
+    # A function of `util` is a copy, made whenever sentfast is switched on, for which nobody else asks. In the table of
+    # weak keys it would stay for good, since what is noted of a function holds it.
+    if owners:
+        originals.note(original, found)
     return originals.as_long_as_same(found, attempt, len(leading))
 
 
