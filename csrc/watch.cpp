@@ -60,6 +60,12 @@ class Value {
            PyMethod_GET_SELF(x) == self_.ptr();
   }
 
+  int traverse(visitproc visit, void* arg) const {
+    Py_VISIT(object_.ptr());
+    Py_VISIT(self_.ptr());
+    return 0;
+  }
+
  private:
   py::object object_, self_;
 };
@@ -94,6 +100,15 @@ class Table {
   }
 
   bool same() { return same_owner() && same_entries(); }
+
+  int traverse(visitproc visit, void* arg) const {
+    for (const py::object* held : {&dict_, &type_, &barred_}) Py_VISIT(held->ptr());
+    for (const auto& [key, value] : entries_) {
+      Py_VISIT(key.ptr());
+      if (const int found = value.traverse(visit, arg)) return found;
+    }
+    return 0;
+  }
 
  private:
   bool same_owner() const {
@@ -147,6 +162,11 @@ class Members {
   void renew() { places_ = now(); }
   bool same() const { return now() == places_; }
 
+  int traverse(visitproc visit, void* arg) const {
+    Py_VISIT(set_.ptr());
+    return 0;
+  }
+
  private:
   using Places = std::tuple<Py_ssize_t, Py_ssize_t, const void*>;
 
@@ -161,10 +181,17 @@ class Members {
 
 struct Function {
   py::object function, code, defaults, keywords;
+
+  int traverse(visitproc visit, void* arg) const {
+    for (const py::object* held : {&function, &code, &defaults, &keywords}) Py_VISIT(held->ptr());
+    return 0;
+  }
 };
 
 class Names {
  public:
+  Names() = default;
+
   // tables: see Table; lists, sets: of lists and sets; functions and cells: of functions and closures.
   Names(const std::vector<py::tuple>& tables, const std::vector<py::object>& lists, const std::vector<py::object>& sets,
         const std::vector<py::object>& functions, const std::vector<py::object>& cells)
@@ -217,6 +244,26 @@ class Names {
     }
     return true;
   }
+
+  // What is held, for Python's collector: a name may stand for a function that leads back to who compares the names.
+  int traverse(visitproc visit, void* arg) const {
+    const auto each = [&](const auto& values) {
+      for (const auto& value : values) {
+        if (const int found = value.traverse(visit, arg)) return found;
+      }
+      return 0;
+    };
+    for (const auto* objects : {&cells_, &lists_, &items_}) {
+      for (const py::object& held : *objects) Py_VISIT(held.ptr());
+    }
+    for (const int found : {each(tables_), each(sets_), each(functions_), each(contents_)}) {
+      if (found != 0) return found;
+    }
+    return 0;
+  }
+
+  // At once: what is let go may run code that asks.
+  void clear() { Names held = std::exchange(*this, Names()); }
 
  private:
   static py::object borrowed(PyObject* x) { return py::reinterpret_borrow<py::object>(x); }
@@ -400,10 +447,30 @@ class Bytes {
   int64_t next_ = 0;
 };
 
+// The object behind one of Python's; null while it is being made.
+Names* names_of(PyObject* self) {
+  const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return held.holder_constructed() ? held.value_ptr<Names>() : nullptr;
+}
+
+void collected(PyHeapTypeObject* heap) {
+  PyTypeObject& type = heap->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const Names* names = names_of(self);
+    return names == nullptr ? 0 : names->traverse(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (Names* names = names_of(self)) names->clear();
+    return 0;
+  };
+}
+
 }  // namespace
 
 void define_watch(py::module_& m) {
-  py::class_<Names>(m, "Names")
+  py::class_<Names>(m, "Names", py::custom_type_setup(collected))
       .def(py::init<const std::vector<py::tuple>&, const std::vector<py::object>&, const std::vector<py::object>&,
                     const std::vector<py::object>&, const std::vector<py::object>&>(),
            py::arg("tables"), py::arg("lists"), py::arg("sets"), py::arg("functions"), py::arg("cells"))

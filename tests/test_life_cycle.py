@@ -116,13 +116,16 @@ def waits(child: int, seconds: float = 30) -> int:
 
 def test_switching_leaves_nothing_behind(makers):
     """No object for each time that sentfast is switched on, by itself or around calls."""
-    from sentence_transformers import util
+    from sentence_transformers import losses, util
 
     model, x = makers["bert"](), torch.randn(20, 32)
+    loss = losses.MultipleNegativesRankingLoss(model)
+    features = [model.preprocess(["a b", "c"]) for _ in range(2)]
     calls = {
         "nothing": lambda: None,
         "encode": lambda: model.encode("a b c"),
         "similarity": lambda: (util.cos_sim(x, x), util.pairwise_dot_score(x, x), util.semantic_search(x, x)),
+        "loss": lambda: loss([dict(each) for each in features], None).backward(),
         "accelerate": lambda: sentfast.accelerate(sentfast.restore(model)),
         "explain": lambda: str(sentfast.explain(model)),
     }
