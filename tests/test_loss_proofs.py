@@ -182,6 +182,8 @@ def test_a_module_inside_a_loss_is_honoured(what, how, model):
 
 def _edits_of_settings(loss):
     names = [name for name, value in vars(loss).items() if not name.startswith("_") and not isinstance(value, list)]
+    if not names:  # every one was deleted
+        loss.added, names = 1, ["added"]
     name = names[int(torch.randint(len(names), ()))]
     return [
         lambda: setattr(loss, name, [3, -1.5, None, "other", (1, 2), len, object()][int(torch.randint(7, ()))]),

@@ -40,7 +40,8 @@ class _Settings:
     def __init__(self, loss: Any):
         space = vars(loss).copy()
         kept = [name for name, value in space.items() if _leads_nowhere(value)]
-        others = [name for name in space if name not in kept and name not in _OF_EVERY_MODULE]
+        tables = {name for name, value in space.items() if name in _OF_EVERY_MODULE and isinstance(value, dict)}
+        others = [name for name in space if name not in kept and name not in tables]
         self._cls, self._size = type(loss), len(space)
         self._values, self._others = _getter(kept), _getter(others)
         self._before, self._kinds = self._values(space), list(map(_kind, self._others(space)))

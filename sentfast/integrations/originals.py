@@ -92,19 +92,18 @@ def why_not(function: Any, args: tuple) -> str:
 
 def intact(function: Any) -> bool:
     """A function of sentence-transformers, which may run code of ours, and nobody has changed what it gives."""
-    found = _by_function.get(function)
-    if found is None:
-        found = _by_function.setdefault(function, Original([function]))
-    return not found.why_not()
+    return not _of(function).why_not()
 
 
 def why_not_class(cls: Any, module: Any) -> str:
     """The reason code why the class's `forward`, and the methods that it calls, are not what they were."""
-    function = unmarked(cls.forward)
+    return _of(unmarked(cls.forward), cls).why_not((module,))
+
+
+def _of(function: Any, *classes: type) -> Original:
+    """What was noted of a function; if nothing, it is noted now, with the classes that it is a method of."""
     found = _by_function.get(function)
-    if found is None:
-        found = _by_function.setdefault(function, Original([function], [cls]))
-    return found.why_not((module,))
+    return _by_function.setdefault(function, Original([function], classes)) if found is None else found
 
 
 def as_long_as_same(original: Original, attempt: Callable, leading: int = 0) -> Callable:
