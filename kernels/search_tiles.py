@@ -31,6 +31,7 @@ _LARGE, _SMALL = 64, 16  # rows of a block
 _MANY_BLOCKS = 16  # large blocks for each row that is wanted, or small ones are better
 _LEAST_NORM = tl.constexpr(1e-12)  # between these two no product leaves float32
 _MOST_NORM = tl.constexpr(1e12)
+_INFINITE_NORM = tl.constexpr(2.0**64)
 _TILES = {
     "few": {"BLOCK_Q": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     "many": {"BLOCK_Q": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
@@ -190,6 +191,13 @@ def _bounds_kernel(
 
 
 @triton.jit
+def _divisor(norm, columns):
+    """What a cosine divides by: infinite where float32 cannot hold the square; of one number nothing is squared."""
+    eps = tl.full([], _EPS, tl.float64)
+    return tl.where((norm >= _INFINITE_NORM) & (columns > 1), float("inf"), at_least(norm, eps))
+
+
+@triton.jit
 def _exact_kernel(
     queries,
     corpus,
@@ -231,10 +239,8 @@ def _exact_kernel(
             squares_k += k * k
     score = tl.sum(products, 1)
     if METRIC == _COSINE:
-        norm_q = tl.sqrt(tl.sum(squares_q, 0))
-        norm_k = tl.sqrt(tl.sum(squares_k, 1))
-        eps = tl.full([], _EPS, tl.float64)
-        score = score / (at_least(norm_q, eps) * at_least(norm_k, eps))
+        norm_q, norm_k = tl.sqrt(tl.sum(squares_q, 0)), tl.sqrt(tl.sum(squares_k, 1))
+        score = score / (_divisor(norm_q, columns) * _divisor(norm_k, columns))
     if METRIC == _EUCLIDEAN:
         score = -tl.sqrt(score)
     tl.store(scores + item * BLOCK + lane, score.to(tl.float32))

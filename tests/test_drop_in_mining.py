@@ -306,3 +306,22 @@ def test_hard_negatives_by_another_similarity_are_the_original_s(path):
     assert ("mine_hard_negatives", "SF101") in sentfast.report().fallbacks
     with sentfast.disabled():
         assert mine_hard_negatives(data, model, num_negatives=2, verbose=False).to_dict() == ours
+
+
+def test_rows_whose_norm_float32_cannot_hold() -> None:
+    """Their cosine is 0 in the original, whose norm is infinite; of one number there is no square."""
+    for _ in range(12):
+        columns = int(torch.randint(1, 40, ()))
+        x = clustered(int(torch.randint(70, 120, ())), columns)
+        x[torch.rand(len(x)) < 0.2] *= 10.0 ** float(torch.randint(18, 30, ()))
+        units = torch.nn.functional.normalize(x)
+        threshold = 0.75 if columns == 1 else gap(units @ units.T, 0.75)
+        for function, options in (
+            (paraphrase_mining_embeddings, {"top_k": len(x)}),
+            (community_detection, {"threshold": threshold, "min_community_size": 1}),
+        ):
+            ours, stock = both(function, x, **options)
+            if function is community_detection:
+                assert sorted(map(sorted, ours)) == sorted(map(sorted, stock))
+            else:
+                assert {(i, j) for score, i, j in ours if score != 0} == {(i, j) for score, i, j in stock if score != 0}

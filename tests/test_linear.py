@@ -19,22 +19,26 @@ from sentfast.ops.linear import _product, activation_linear, norm_linear
 # Around the panels of 64 columns, the parts of 256 steps, the blocks of 192 rows, strips and vectors.
 SIZES = [(1, 1, 1), (7, 5, 9), (6, 64, 256), (13, 65, 257), (200, 130, 300), (385, 17, 64), (3, 200, 700)]
 ON_CPU = [backend for backend in BACKENDS if backend.name == "cpu"]
+LAYOUTS = ("plain", "transposed", "offset", "skipping", "both apart")
 on_every_isa = pytest.mark.parametrize("backend", ON_CPU, ids=str)
 
 
 def laid_out(rows: int, columns: int, layout: str) -> Tensor:
     if layout == "transposed":
         return torch.randn(columns, rows).t()
+    if layout == "both apart":  # where one of the sizes is 1, its stride may be anything
+        return torch.randn(2 * rows, 3 * columns)[::2, ::3]
     if layout == "skipping":
         return torch.randn(rows, 2 * columns)[:, ::2]
     return torch.randn(rows, columns + 3)[:, 1 : columns + 1] if layout == "offset" else torch.randn(rows, columns)
 
 
 @on_every_isa
-@pytest.mark.parametrize("layout", ["plain", "transposed", "offset", "skipping"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_product(backend: Backend, layout: str) -> None:
-    for rows, columns, depth in SIZES:
-        for other in ("plain", "transposed", "offset"):
+    drawn = torch.randint(1, 70, (12, 3)) ** (torch.rand(12, 3) < 0.7)  # or 1
+    for rows, columns, depth in SIZES + drawn.tolist():
+        for other in LAYOUTS:
             a, b = laid_out(rows, depth, layout), laid_out(depth, columns, other)
             bias = torch.randn(columns) if torch.rand(()) < 0.5 else None
             with backend.forced("product"):

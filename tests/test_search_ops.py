@@ -107,6 +107,8 @@ def true_scores(queries: Tensor, corpus: Tensor, metric: str) -> Tensor:
     products = (q.unsqueeze(1) * k).sum(-1)
     if metric == "cos":
         norms = [x.pow(2).sum(-1).sqrt().clamp(min=1e-12) for x in (q, k)]
+        if queries.shape[1] > 1:  # PyTorch's normalize squares in float32, but not a row of one number
+            norms = [x.masked_fill(x >= 2.0**64, INF) for x in norms]
         products = products / (norms[0].unsqueeze(1) * norms[1])
     return products.float()
 

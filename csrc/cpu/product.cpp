@@ -49,6 +49,7 @@ Tensor product(const Tensor& left, const Tensor& right, const std::optional<Tens
   p.b = static_cast<const float*>(b.const_data_ptr());
   p.b_step = b.stride(0);
   p.b_column = b.stride(1);
+  if (p.depth == 1) p.a_step = p.b_step = 1;  // the steps of one are not apart, whatever their stride says
   Tensor shift, c = new_tensor({p.rows, p.columns}, ScalarType::Float, Life::Kept);
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->is_cpu() && bias->numel() == p.columns && bias->scalar_type() == ScalarType::Float,

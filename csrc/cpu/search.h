@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace sentfast::cpu {
 
@@ -64,10 +65,19 @@ struct SearchHit {
 struct SearchExact {
   SearchRows queries, corpus;
   int64_t metric;             // of Metric
-  const double* query_norms;  // at least kSearchEps
+  const double* query_norms;  // made by search_divisor
 };
 
 constexpr double kSearchEps = 1e-12;  // the smallest norm that a cosine divides by
+// From here on float32 cannot hold the square of a norm, which then counts as infinite, as in PyTorch's normalize. Of
+// one number nothing is squared.
+constexpr double kSearchMost = 0x1p64;
+
+// What a cosine divides by for a norm. NaN stays.
+constexpr double search_divisor(double norm, int64_t dim) {
+  if (norm < kSearchEps) return kSearchEps;
+  return norm >= kSearchMost && dim > 1 ? std::numeric_limits<double>::infinity() : norm;
+}
 
 struct SearchKernels {
   // The norm of a row, in double.

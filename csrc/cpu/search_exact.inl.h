@@ -182,8 +182,7 @@ SENTFAST_INLINE inline void together(const float* const (&q)[Q], const float* co
 #pragma GCC unroll 4
   for (int i = 0; i < kTogether; ++i) {
     sums[i] = total(sum[i]);
-    norms[i] = Norms ? __builtin_sqrt(total(square[i])) : 1.0;
-    if (norms[i] < kSearchEps) norms[i] = kSearchEps;
+    norms[i] = Norms ? search_divisor(__builtin_sqrt(total(square[i])), dim) : 1.0;
   }
 }
 
@@ -230,8 +229,7 @@ inline void cosine_norms(const SearchRows& rows, int64_t first, int64_t count, d
     };
     each_lanes(rows.dim, step);
     for (int j = 0; j < C && n + j < count; ++j) {
-      const double norm = __builtin_sqrt(total(sum[j]));
-      norms[n + j] = norm < kSearchEps ? kSearchEps : norm;
+      norms[n + j] = search_divisor(__builtin_sqrt(total(sum[j])), rows.dim);
     }
   }
 }

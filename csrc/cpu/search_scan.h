@@ -53,7 +53,7 @@ class SearchScanner {
       q.codes = quantize(corpus.format, i, q, &codes_[i * words_]);
       q.level = base_;
       queries_.push_back(q);
-      norms_.push_back(q.norm < kSearchEps ? kSearchEps : q.norm);  // NaN stays
+      norms_.push_back(search_divisor(q.norm, queries.dim));
     }
     survivors_.resize(count);
     exact_ = {rows_, corpus_.rows, corpus_.metric, norms_.data()};

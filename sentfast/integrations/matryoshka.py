@@ -102,7 +102,8 @@ def _from_features(version: Version, loss: Any, sentence_features: list, labels:
     if taken.guided:
         value = taken.step(version, inner, sentence_features, labels, prefixes=_prefixes(loss))
         return None if isinstance(value, str) else value
-    embeddings, prefixes = losses.embed_columns(version, inner.model, sentence_features), _prefixes(loss)
+    prefixes = _prefixes(loss)  # drawn before the model runs, as the original does, even if it raises
+    embeddings = losses.embed_columns(version, inner.model, sentence_features)
     value = taken.step(version, inner, embeddings, labels, prefixes=prefixes)
     return _one_by_one(version, inner, embeddings, labels, prefixes) if isinstance(value, str) else value
 
@@ -137,5 +138,5 @@ def _prefixes(loss: Any) -> Prefixes:
     dims, weights = loss.matryoshka_dims, loss.matryoshka_weights
     chosen: Any = range(len(dims))
     if 0 < loss.n_dims_per_step < len(dims):
-        chosen = random.sample(chosen, loss.n_dims_per_step)
+        chosen = sorted(random.sample(chosen, loss.n_dims_per_step))
     return Prefixes([dims[i] for i in chosen], [weights[i] for i in chosen])

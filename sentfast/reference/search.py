@@ -13,6 +13,7 @@ SEARCH_PANEL = 64  # rows of the corpus that are packed together
 SEARCH_GROUPS = {8: 4, 16: 2}  # codes of so many bits of a row that lie together
 SEARCH_FACTORS = 6  # numbers per row
 
+_MOST_NORM = 2.0**64
 _LOWEST = -1e300  # stands for a score of -inf, which is above a missing one
 _BLOCK_SCORES = 1 << 21
 _BLOCK_VALUES = 1 << 21
@@ -25,10 +26,17 @@ def exact_scores(queries: Tensor, rows: Tensor, metric: int) -> Tensor:
     if metric == DOT:
         return (q @ k.mT).float()
     if metric == COSINE:
-        norms = [torch.linalg.vector_norm(x, dim=-1).clamp(min=NORMALIZE_EPS) for x in (q, k)]
+        norms = [divisors(x) for x in (q, k)]
         return (q @ k.mT / (norms[0].unsqueeze(-1) * norms[1])).float()
     # Differences, not the expanded square: near rows cancel there.
     return -torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist").float()
+
+
+def divisors(rows: Tensor) -> Tensor:
+    """What a cosine divides by, [N] in float64: the norm, infinite where float32 cannot hold its square."""
+    norms = torch.linalg.vector_norm(rows, dim=-1)
+    infinite = (norms >= _MOST_NORM) & (rows.shape[-1] > 1)  # of one number nothing is squared
+    return norms.clamp(min=NORMALIZE_EPS).masked_fill(infinite, torch.inf)
 
 
 def search_pack(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

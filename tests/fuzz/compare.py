@@ -219,7 +219,7 @@ class Comparison:
             self(mine, theirs, judge, path)
             return
         hidden = (stock.mask == 0)[(..., *[None] * (theirs.ndim - stock.mask.ndim))].expand_as(theirs)
-        if not hidden.any():
+        if hidden.is_meta or not hidden.any():
             self(mine, theirs, judge, path)
             return
         zeroed = torch.zeros((), dtype=theirs.dtype)
