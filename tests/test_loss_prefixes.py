@@ -140,3 +140,21 @@ def test_the_matrices_are_never_held() -> None:
     F.contrastive_loss(queries, documents, dims=dims, workspace=16 << 20).backward()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 64 << 10, f"{grown} KiB"
+
+
+@every_backend
+def test_a_unit_vector_of_one_number_does_not_change(backend: Backend) -> None:
+    """However small the number: its gradient is not what rounding has left, divided by it."""
+    for rest in ((), (9,), (3, 7)):
+        given = [torch.randn(count, 9, device=backend.device) for count in (5, 8)]
+        for x in given:
+            x[:, 0] *= 10.0 ** torch.randint(-9, 1, (len(x),), device=backend.device)
+
+        def gradients(dims: tuple[int, ...], given: list[Tensor] = given) -> list[Tensor]:
+            leaves = [x.clone().requires_grad_() for x in given]
+            with backend.forced("contrastive_loss"):
+                value = contrastive(leaves, scale=20.0, dims=dims, directions=("query_to_doc", "query_to_query"))
+            return list(torch.autograd.grad(value.mean(), leaves))
+
+        found = gradients((*rest, 1))
+        assert all(torch.equal(x, y) for x, y in zip(found, gradients(rest) if rest else [0 * x for x in found]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sentfast import reference
 from sentfast.ops import checks, twice
+from sentfast.ops.similarity import l2_normalize
 from sentfast.reference import DIRECTIONS, HARDNESS_MODES, accumulation_dtype
 from sentfast.registry import define
 
@@ -283,13 +284,9 @@ def contrastive_loss(
     lengths, weights = _dims(dims, dim_weights, queries.shape[1])
     mean = checks.one_of("reduction", reduction, ("none", "mean")) == 1
     _check_workspace(workspace, numbers, everyone, positives, documents, guide is not None, len(lengths))
+    cosine = checks.one_of("similarity", similarity, SIMILARITIES) == 0 or dims is not None
+    sides = (queries, documents, all_queries)
     arguments = (
-        queries,
-        documents,
-        all_queries,
-        scale_tensor,
-        factor,
-        checks.one_of("similarity", similarity, SIMILARITIES) == 0 or dims is not None,
         offset,
         positives,
         numbers,
@@ -301,11 +298,20 @@ def contrastive_loss(
         *guides,
         checks.one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES) == 1,
         checks.finite("margin", margin),
-        lengths,
-        weights,
-        workspace,
     )
-    if any(x is not None and checks.needs_function(x) for x in arguments[:4]):
-        return _ContrastiveLoss.apply(mean, *arguments)
-    losses = _contrastive_loss(*arguments)
-    return losses.mean() if mean else losses
+    differentiable = any(x is not None and checks.needs_function(x) for x in (*sides, scale_tensor))
+
+    def of_prefixes(sides: Sequence[Tensor | None], cosine: bool, which: slice) -> Tensor:
+        every = *sides, scale_tensor, factor, cosine, *arguments, lengths[which], weights[which], workspace
+        if differentiable:
+            return _ContrastiveLoss.apply(mean, *every)
+        losses = _contrastive_loss(*every)
+        return losses.mean() if mean else losses
+
+    if not (differentiable and cosine and lengths[0] == 1):
+        return of_prefixes(sides, cosine, slice(None))
+    # A unit vector of one number does not change with it. Its gradient is 0, where the matrix of scores would leave what
+    # is lost to rounding, divided by that number.
+    units = [None if x is None else l2_normalize(x[:, :1]) for x in sides]
+    first = of_prefixes(units, False, slice(1))
+    return first if len(lengths) == 1 else first + of_prefixes(sides, cosine, slice(1, None))

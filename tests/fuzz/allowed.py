@@ -60,7 +60,7 @@ ALLOWED = {
         "The norm of a zero vector has no second derivative: PyTorch's is NaN, ours 0. Tokens that are not in use get a"
         " gradient of 0 too, where PyTorch multiplies NaN by 0.",
         lambda drawn, text: (
-            ("create_graph" in drawn or drawn.get("mask") == "empty row" or "prompt length" in drawn)
+            ("create_graph" in drawn or drawn.get("mask") == "empty row" or "exclude prompt" in drawn)
             and re.match(r"gradients?\[\d\]: .* differ in inf or NaN; at .* -?0\.0, stock has nan$", text) is not None
         ),
     ),

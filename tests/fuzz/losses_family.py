@@ -69,10 +69,12 @@ def step(draw: Draw, loss: Any, model: Any, features: Any, labels: Any, large: f
 def loose(found: dict[str, Any], large: float, cancels: bool) -> dict[str, Any]:
     """A softmax of scores as large as `large` multiplies their roundings; of equal texts the gradients cancel.
 
-    Other texts may have equal embeddings too: of the first token of a model that looks back alone.
+    Other texts may have equal embeddings too: of the first token of a model that looks back alone, or where an
+    activation saturates.
     """
     if "values" in found:
-        size = max(found["values"].size, 1.0 if cancels else 0.01)
+        size = found["values"].size
+        size = max(size, 1.0 if cancels or size < 1e-6 else 0.01)
         found["values"].size = size * max(1.0, large)
     return found
 
