@@ -92,9 +92,10 @@ def refresh(model: Model) -> Model:
     """Makes anew whatever the encoder holds as a copy of the model's parameters, and returns the model.
 
     Needed after weights were written to behind PyTorch's back (through ``.data``, NumPy, shared memory) where the
-    encoder holds matrices as copies: with ``precision="bf16"``, for models in half precision and on a GPU. On a CPU
-    such an edit is found without it as well, by the next call of at least 4096 tokens, or by smaller ones with as many
-    tokens in all, or by 256 calls, whatever comes first. Of a float32 model on a CPU every call shows every edit.
+    encoder of an accelerated model holds matrices as copies: with ``precision="bf16"``, for models in half precision
+    and on a GPU. On a CPU such an edit is found without it as well, by the next call of at least 4096 tokens, or by
+    smaller ones with as many tokens in all, or by 256 calls, whatever comes first. Of a float32 model on a CPU, and of
+    any that was not accelerated by name, every call there shows every edit.
 
     Raises:
         TypeError: model is not a torch.nn.Module.

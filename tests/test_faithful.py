@@ -10,6 +10,8 @@ import encoders
 import numpy as np
 import pytest
 import torch
+from tiny_models import build, save_base
+from tiny_models import texts as some_texts
 from torch import nn
 from torch.nn import functional
 
@@ -200,6 +202,34 @@ def test_an_edit_of_a_packed_model_shows_in_time(kind, way, monkeypatch):
         again = twin(model)
         if not isinstance(encoder_of(again), str):  # to the bit as a model that has never been anything else
             assert torch.equal(hidden(model, inputs), hidden(sentfast.accelerate(again), inputs)), what
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"], ids=str)
+def test_copies_that_nobody_asked_for_are_never_old(kind, dtype, tmp_path):
+    """Of a model in half precision, or under autocast: in `encode`, with nothing but the import."""
+    model, texts = build(save_base(tmp_path, kind)), some_texts(3)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast")
+    allowed = ALLOWED[torch.bfloat16 if dtype == "autocast" else dtype]
+    model = model if dtype == "autocast" else model.to(dtype)
+
+    def encoded(model):
+        with cast:
+            return model.encode(texts, convert_to_tensor=True).float()
+
+    found = [(owner, name) for owner, name in tensors(model[0].auto_model) if getattr(owner, name).is_floating_point()]
+    for _ in range(6):
+        sentfast.report(reset=True)
+        encoded(model)
+        assert any(name == "encoder" for name, _ in sentfast.report().calls), sentfast.report()
+        owner, name = found[drawn(len(found))]
+        road = ROADS[drawn(len(ROADS))]
+        road(owner, name)
+        with sentfast.disabled():
+            expected = encoded(model)
+        error = (encoded(model) - expected).abs().max() / expected.abs().max()
+        assert error < allowed, f"{kind}: {road.__name__} of {type(owner).__name__}.{name}"
 
 
 def test_edits_of_a_model_with_adapters_show_at_once():

@@ -168,7 +168,7 @@ class Composed:
         batch = batch_of(send(host.block(*sizes), self.device), *sizes, host.longest)
         return self.hidden(batch) if pooling is None else self.pooled(batch, pooling)
 
-    def current(self) -> bool:
+    def current(self, whole: bool = False) -> bool:
         """As far as PyTorch counts changes."""
         return self._written.same()
 

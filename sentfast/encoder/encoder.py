@@ -138,7 +138,8 @@ def encoder_or_parts(
     encoder = entry.encoders.get(dtype)
     if encoder is None:
         return _packed(model, entry, dtype)
-    if not encoder.current():
+    # Whoever has not asked for copies is owed what a model without them gives.
+    if not encoder.current(whole=choice.chosen(model) is None):
         encoder.refresh()
     return encoder
 

@@ -150,10 +150,14 @@ class Encoder:
         made._form = heads, activation, windows[:1], pre_norm, gated
         return made
 
-    def current(self) -> bool:
-        """Nothing small has changed, nor what PyTorch counts changes of; :meth:`run` looks at the rest."""
+    def current(self, whole: bool = False) -> bool:
+        """Nothing has changed of the `whole` model, else nothing small, nor what PyTorch counts changes of.
+
+        :meth:`run` looks at a share of the rest.
+        """
         packed = self._packed
-        return packed.small.bytes.same(1.0) and packed.written.same()
+        same = packed.small.bytes.same(1.0) and packed.written.same()
+        return same and (not whole or not packed.large.bytes or packed.large.bytes.same(1.0))
 
     def refresh(self) -> None:
         """Packs anew what is a copy."""

@@ -310,8 +310,8 @@ def contrastive_loss(
 
     if not (differentiable and cosine and lengths[0] == 1):
         return of_prefixes(sides, cosine, slice(None))
-    # A unit vector of one number does not change with it. Its gradient is 0, where the matrix of scores would leave what
-    # is lost to rounding, divided by that number.
+    # A unit vector of one number does not change with it. Its gradient is 0, where the matrix of scores would leave
+    # what is lost to rounding, divided by that number.
     units = [None if x is None else l2_normalize(x[:, :1]) for x in sides]
     first = of_prefixes(units, False, slice(1))
     return first if len(lengths) == 1 else first + of_prefixes(sides, cosine, slice(1, None))
