@@ -46,6 +46,25 @@ def same(call, model, reads, size=1.0):
     return report
 
 
+@pytest.mark.parametrize("kind", encoders.MODEL_TYPES)
+def test_second_derivatives_of_eager_attention(kind: str, draw: random.Random) -> None:
+    options = {} if kind == "mpnet" else {"attn_implementation": "eager"}
+    made = encoders.model(kind, *encoders.drawn_size(), **options, **NO_DROPOUT).train()
+    sentfast.accelerate(made, padded_rows="exact")
+    inputs = drawn_batch(draw, kind)
+
+    def second(output):
+        loss = output[0].square().sum()
+        parameters = [p for p in made.parameters() if p.ndim == 2]
+        first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first if x is not None), parameters[0])[0]
+
+    ours = second(made(**inputs))
+    with sentfast.disabled():
+        stock = second(made(**inputs))
+    torch.testing.assert_close(ours, stock, rtol=1e-2, atol=1e-3 * stock.abs().max().item())
+
+
 # ---- plain models of transformers ----
 
 # By the names of all architectures: what drops cannot be compared.

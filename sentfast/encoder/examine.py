@@ -256,6 +256,7 @@ def _take_apart(model: nn.Module, architecture: Architecture) -> Parts:
         padding_idx=padding_idx,
         position_offset=0 if padding_idx is None else padding_idx + 1,
         length=config.max_position_embeddings if positions is None else positions.weight.shape[0],
+        eager=config._attn_implementation == "eager",
         dtype=words.weight.dtype,
         device=words.weight.device,
     )

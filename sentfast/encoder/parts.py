@@ -47,6 +47,7 @@ class Parts:
         bias: the module with the relative position bias.
         rotary: from position ids to cosines and sines, for global and for local layers.
         length: rows of the position table.
+        eager: the model's own attention is not PyTorch's fused one.
         dtype, device: of every parameter.
     """
 
@@ -70,6 +71,7 @@ class Parts:
     padding_idx: int | None
     position_offset: int
     length: int
+    eager: bool
     dtype: torch.dtype
     device: torch.device
 

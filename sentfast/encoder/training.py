@@ -159,7 +159,10 @@ def _attend(batch: _Batch, index: int, x: Normed) -> Tensor:
 
 
 def _attend_visible(batch: _Batch, layer: LayerParts, qkv: Tensor, window: int) -> Tensor:
-    """[T, H]: every row of the padded batch sees the visible ones, by PyTorch's attention."""
+    """[T, H]: every row of the padded batch sees the visible ones, by PyTorch's attention or, as the model, without.
+
+    PyTorch's has no second derivative.
+    """
     assert batch.visible is not None
     (count, length), heads = batch.visible.shape, qkv.shape[2]
     q, k, v = qkv.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -171,8 +174,16 @@ def _attend_visible(batch: _Batch, layer: LayerParts, qkv: Tensor, window: int) 
     if batch.bias is not None:
         bias = batch.bias[:, distance + length - 1].to(q.dtype)
         seen = torch.where(seen, bias, float("-inf"))
-    context = scaled_dot_product_attention(q, k, v, seen, attention_rate(layer))
+    attend = _eager_attention if batch.parts.eager else scaled_dot_product_attention
+    context = attend(q, k, v, seen, attention_rate(layer))
     return context.transpose(1, 2).reshape(count * length, -1)
+
+
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout_p: float) -> Tensor:
+    """seen: which keys count, or what is added to their scores."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
+    return nn.functional.dropout(scores.softmax(dim=-1), dropout_p) @ v
 
 
 def _linear(batch: _Batch, module: Any, x: Normed) -> Tensor:

@@ -194,6 +194,9 @@ def _steps(
     def run(batch: Batch) -> Tensor:
         if not 0 < batch.shortest <= batch.longest <= longest:
             raise _UnfitError("SF107" if batch.shortest == 0 else "SF126")
+        # Of a text that is a prompt and nothing else, padded, the original has zeros for the last token.
+        if "lasttoken" in found.modes and batch.shortest <= excluded:
+            raise _UnfitError("SF109")
         try:
             x = found.encoder.run(
                 batch.ids,

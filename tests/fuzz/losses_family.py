@@ -52,8 +52,9 @@ def fresh(features: list[Any]) -> list[Any]:
 def step(draw: Draw, loss: Any, model: Any, features: Any, labels: Any, large: float, cancels: bool) -> Any:
     # PyTorch's own autocast refuses to mix bfloat16 with float16.
     half = any(p.dtype == torch.float16 for p in model.parameters())
-    draw.coarse |= draw.chance("autocast", 0.08) and not half
-    with torch.autocast("cpu", torch.bfloat16, enabled=draw.coarse and not draw.exact):
+    cast = draw.chance("autocast", 0.08) and not half
+    draw.coarse |= cast
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast and not draw.exact):
         value = draw.attempt(loss, features, labels)
     if isinstance(value, Raised):
         return value

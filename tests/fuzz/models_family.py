@@ -156,7 +156,7 @@ def gradients(draw: Draw, model: Any, out: Any, mask: Tensor | None, inputs: dic
     if not isinstance(first, Tensor) or not first.requires_grad:
         return "no gradient"
     weights = draw.normal("weights of the loss", *first.shape)
-    if mask is not None and first.shape[:2] == mask.shape:
+    if mask is not None and first.ndim == 3 and first.shape[:2] == mask.shape:
         weights = weights * (mask != 0).unsqueeze(-1)
     error = draw.attempt((first * weights.to(first.dtype)).sum().backward)
     if isinstance(error, Raised):

@@ -76,10 +76,14 @@ def gradient(draw: Draw, embedding: Tensor, x: Tensor, mask: Any) -> Any:
 
 
 def without_hidden(gradient: Tensor, embedding: Tensor, mask: Any) -> Tensor:
-    """Of an embedding that is not finite, the tokens that are not in use have NaN times 0 in stock, and 0 here."""
+    """Of an embedding that is not finite, the tokens that are not in use have NaN times 0 in stock, and 0 here.
+
+    In float16 it is zeros here, where stock divides 0 by 0.
+    """
     if not isinstance(mask, Tensor) or mask.shape != gradient.shape[:2] or len(embedding) != len(mask):
         return gradient
-    hidden = (mask == 0) & ~embedding.detach().isfinite().all(dim=1, keepdim=True)
+    finite = embedding.detach().isfinite() & (embedding.detach() != 0).any(dim=1, keepdim=True)
+    hidden = (mask == 0) & ~finite.all(dim=1, keepdim=True)
     return gradient.masked_fill(hidden[:, :, None] & gradient.isnan(), 0)
 
 
