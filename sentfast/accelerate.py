@@ -20,13 +20,14 @@ class UnsupportedModelError(NotImplementedError):
 def accelerate(model: Model, precision: str = "match", padded_rows: str | None = None) -> Model:
     """Lets the transformers inside a model run packed, in ``model(**batch)`` too, and returns the same object.
 
-    Names, parameters, saving and copying stay as they are. The first call tries the encoder against the model's
-    own code. A call that the encoder does not take, such as one that needs a gradient, runs the
-    original code and is counted by :func:`sentfast.report`.
+    Names, parameters and saving stay as they are; a copy starts anew, without what was asked for here. The first call
+    tries the encoder against the model's own code. Training runs packed as well. A call that the encoder does not take,
+    such as one with `inputs_embeds`, runs the original code and is counted by :func:`sentfast.report`.
 
     One thing differs from transformers: in ``model(**batch)``, rows of `last_hidden_state` that the attention mask
     hides are 0 unless `padded_rows` says otherwise. They cost as much as real tokens, and what respects the mask, such
-    as mean pooling, does not see them. A SentenceTransformer has them wherever one of its modules reads them.
+    as mean pooling, does not see them. A SentenceTransformer has them wherever one of its modules reads them, and so
+    has every call that runs the original code.
 
     Args:
         model: a SentenceTransformer, one of its Transformer modules, or a model of transformers; one with a base

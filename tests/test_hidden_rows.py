@@ -120,6 +120,18 @@ def test_forms_of_a_call_agree(draw):
     torch.testing.assert_close(result[0], embedded[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_zeros_are_not_written_where_the_original_runs(model_type, draw):
+    model, batch = sentfast.accelerate(encoders.model(model_type), padded_rows="zeros"), encoders.batch([7, 2])
+    embedded = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]), "input_ids": None}
+    with torch.no_grad():
+        with encoders.ran(f"{type(model).__name__}.forward", "SF107"):
+            result = model(**embedded)[0]
+        torch.testing.assert_close(result, encoders.stock(model, **embedded)[0], atol=0, rtol=0)
+        assert result[batch["attention_mask"] == 0].any()
+        assert not model(**batch)[0][batch["attention_mask"] == 0].any()
+
+
 def test_a_window_that_sees_no_token_runs_the_original(draw):
     model = sentfast.accelerate(encoders.model("modernbert"), padded_rows="exact").eval()
     batch = encoders.batch([draw.randint(8, 30), 1])
