@@ -267,6 +267,11 @@ def with_scale(loss, scale):
     return loss
 
 
+def with_directions(loss, *names):
+    loss.directions = list(names)
+    return loss
+
+
 STEP, CACHED_STEP = "MultipleNegativesRankingLoss.compute_loss_from_embeddings", f"{CACHED.__name__}.calculate_loss"
 GIST_STEP, CACHED_GIST_STEP = "GISTEmbedLoss.forward", "CachedGISTEmbedLoss.calculate_loss"
 REFUSED = {
@@ -274,6 +279,7 @@ REFUSED = {
     "the same, cached": (lambda m, g: CACHED(m, similarity_fct=similarity_of_the_user), CACHED_STEP, "SF101"),
     "another similarity": (lambda m, g: MNRL(m, similarity_fct=util.euclidean_sim), STEP, "SF101"),
     "scale below 0": (lambda m, g: with_scale(MNRL(m), -2.0), STEP, "SF107"),
+    "endless scale": (lambda m, g: with_scale(MNRL(m), float("inf")), STEP, "SF107"),
     "scale of another shape": (lambda m, g: with_scale(MNRL(m), torch.ones(COUNT)), STEP, "SF107"),
     "another cross-entropy": (lambda m, g: smoothed(GIST(m, g)), GIST_STEP, "SF101"),
     "the same, cached guided": (lambda m, g: smoothed(CACHED_GIST(m, g)), CACHED_GIST_STEP, "SF101"),
@@ -290,6 +296,11 @@ if VERSION < (5, 3):
         ),
         "relative": (lambda m, g: GIST(m, g, margin_strategy="relative", margin=0.1), GIST_STEP, "SF109"),
         "gathered": (lambda m, g: CACHED_GIST(m, g, gather_across_devices=True), CACHED_GIST_STEP, "SF109"),
+    }
+if NEW:
+    REFUSED |= {
+        "without the first direction": (lambda m, g: with_directions(MNRL(m), "doc_to_query"), STEP, "SF107"),
+        "an unknown direction": (lambda m, g: with_directions(MNRL(m), *EVERYTHING, "to_nobody"), STEP, "SF107"),
     }
 
 

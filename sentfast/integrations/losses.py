@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sentfast import functional, private, registry
 from sentfast.integrations import guards, originals
 from sentfast.integrations.versions import Version
+from sentfast.reference import DIRECTIONS
 from sentfast.report import fallback
 
 _SIMILARITY = "sentence_transformers.util.similarity"
@@ -32,6 +33,8 @@ _SIMILARITIES: dict[str, Literal["cosine", "dot"]] = {
 }
 # Two texts may be equal, and then equally near: a difference in the last digits is none.
 _TIE = 4 * torch.finfo(torch.float32).eps
+# Numbers by which our operator multiplies scores.
+_LEAST, _MOST = 1e-38, torch.finfo(torch.float32).max
 _SYMMETRIC = ("query_to_doc", "doc_to_query")
 # Of PyTorch, which losses call.
 MODULES = (nn.CrossEntropyLoss, nn.CosineSimilarity)
@@ -114,6 +117,7 @@ def _ranking(version: Version, loss: Any, columns: Any, directions: Any, prefixe
     if not similarity:
         return "SF101"
     reason = _plain_cross_entropy(loss) or _columns(columns, prefixes) or _scale(loss.scale, columns[0])
+    reason = reason or _known(directions)
     if reason:
         return reason
     queries, documents = columns[0], columns[1:]
@@ -126,7 +130,7 @@ def _ranking(version: Version, loss: Any, columns: Any, directions: Any, prefixe
         offset = _rank() * count
     if everyone is not None:
         queries = everyone[offset : offset + count]
-    directions = ("query_to_doc",) if directions is None else tuple(directions)
+    directions = DIRECTIONS[:1] if directions is None else tuple(directions)
     # Copies, as the original makes them: its callers may change the embeddings before the backward pass.
     value = functional.contrastive_loss(
         queries.clone(),
@@ -143,6 +147,11 @@ def _ranking(version: Version, loss: Any, columns: Any, directions: Any, prefixe
         **_lengths(prefixes),
     )
     return value.to(_score_dtype(version, loss, queries))
+
+
+def _known(directions: Any) -> str:
+    """The original passes over a name that it does not know, and takes the first direction in any case."""
+    return "" if directions is None or set(DIRECTIONS[:1]) <= set(directions) <= set(DIRECTIONS) else "SF107"
 
 
 def _partition(loss: Any, directions: tuple) -> Literal["joint", "per_direction"]:
@@ -345,7 +354,7 @@ def _scale(scale: Any, queries: Tensor) -> str:
     """A positive number, or a parameter that is learned."""
     if isinstance(scale, Tensor):
         return "" if scale.ndim == 0 and scale.dtype.is_floating_point and scale.device == queries.device else "SF107"
-    return "" if isinstance(scale, (int, float)) and scale > 0 else "SF107"
+    return "" if isinstance(scale, (int, float)) and _LEAST <= scale <= _MOST else "SF107"
 
 
 def _score_dtype(version: Version, loss: Any, x: Tensor) -> torch.dtype:
