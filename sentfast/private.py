@@ -52,7 +52,10 @@ amx_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lam
 # "namespace/operator/dispatch key" of every kernel that is written in Python: one set for the life of a process.
 kernels_of_python: set[str] = torch.library._impls
 # Of these keys PyTorch itself registers nothing for its own operators.
-_KEYS = ("CPU", "Autograd", "AutogradCPU", "AutocastCPU", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+_KEYS = (
+    *("CPU", "Autograd", "AutogradCPU", "AutocastCPU", "CompositeImplicitAutograd", "CompositeExplicitAutograd"),
+    *("ADInplaceOrView", "BackendSelect"),
+)
 
 
 def foreign_kernels() -> list[str]:

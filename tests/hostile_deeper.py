@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
-from hostile_common import Negative, base, by_chance, collect, layers, linears, one, owner_of, part, scaled, skewed
+from hostile_common import (
+    InapplicableError,
+    Negative,
+    base,
+    by_chance,
+    collect,
+    layers,
+    linears,
+    one,
+    owner_of,
+    part,
+    scaled,
+    skewed,
+)
+from sentence_transformers.models import Dense
 from torch import nn
 
 # ---- classes of objects ----------------------------------------------------------------------------------------------
@@ -44,6 +61,32 @@ def call_of_a_class(model, patch):
         return (skewed(out[0]), *out[1:]) if isinstance(out, tuple) else skewed(out)
 
     patch.setattr(cls, name if name == "__call__" else "__call__", call, raising=False)
+
+
+def forward_of_the_class_of_the_model(model, patch):
+    """Around ours, which it looks like."""
+    cls = type(base(model))
+    original = cls.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        out = original(*args, **kwargs)
+        out.last_hidden_state = skewed(out.last_hidden_state)
+        return out
+
+    patch.setattr(cls, "forward", forward)
+
+
+def a_mock(model, patch):
+    """One that has an attribute of any name, or one that does what it stands for where it is tried."""
+    owner, name = one([(F, "layer_norm"), (F, "linear"), (F, "scaled_dot_product_attention"), (torch, "stack")])
+    original, first = getattr(owner, name), by_chance()
+
+    def step(*args, **kwargs):
+        out = original(*args, **kwargs)
+        return skewed(out) if first or out.shape[0] > 3 else out
+
+    patch.setattr(owner, name, one([mock.MagicMock, mock.Mock])(side_effect=step))
 
 
 def module_that_is_a_property(model, patch):
@@ -89,6 +132,15 @@ def backward_hook(model, patch):
 def backward_hook_of_the_sentence_model(model, patch):
     one([model[1], model[0]]).register_full_backward_hook(lambda module, given, gradients: None)
     base(model).get_input_embeddings().weight.register_hook(lambda x: x * 2)
+
+
+def gradient_asked_of_the_embeddings(model, patch):
+    """As PEFT asks for it, without which a reentrant checkpoint gives none to adapters."""
+    frozen = one([base(model), base(model).get_input_embeddings(), base(model).embeddings])
+    frozen.requires_grad_(False)
+    if base(model).supports_gradient_checkpointing and by_chance():
+        base(model).gradient_checkpointing_enable({"use_reentrant": by_chance()})
+    base(model).enable_input_require_grads()
 
 
 # ---- other packages --------------------------------------------------------------------------------------------------
@@ -201,6 +253,51 @@ def method_of_the_model(model, patch):
         patch.setattr(type(model), name, property(lambda self: scaled(original.fget(self))))
     else:
         patch.setattr(type(model), name, step)
+
+
+def method_of_one_object(model, patch):
+    """In place of that of its class."""
+    first, formatter = model[0], getattr(model[0], "input_formatter", None)
+    owner, name = one(
+        [
+            (first, "_call_single_modality_processor"),
+            (first, "_merge_processing_kwargs"),
+            (formatter, "parse_inputs"),
+            (formatter if by_chance() else type(formatter), "prepend_prompt_to_texts"),
+            (model, "supports"),
+            (model, "named_children"),
+        ]
+    )
+    if not hasattr(owner, name):
+        raise InapplicableError(f"no {name} in this version")
+    model.prompts["query"], model.default_prompt_name = "the query: ", "query"
+    original = getattr(owner, name)
+
+    def step(*args, **kwargs):
+        texts = next((x for x in args if isinstance(x, list)), None)
+        if texts is not None:
+            args = tuple([y[::-1] if isinstance(y, str) else y for y in x] if x is texts else x for x in args)
+        if name == "_merge_processing_kwargs":
+            return {"text": {"max_length": 5}}
+        if name == "named_children":
+            return list(original())[:2][:: one([1, -1])]
+        if name == "_call_single_modality_processor":
+            args = (args[0], {"text": [x[::-1] for x in args[1]["text"]]}, *args[2:])
+        return not original(*args) if name == "supports" else original(*args, **kwargs)
+
+    patch.setattr(owner, name, step)
+
+
+def names_that_the_model_is_given(model, patch):
+    if not hasattr(model[0], "model_forward_params"):
+        raise InapplicableError("the model is given all")
+    model[0].model_forward_params = {"input_ids", "return_dict"}
+
+
+def module_that_comes_twice(model, patch):
+    """In newer versions it runs once."""
+    x = Dense(32, 32)
+    model.extend([x, x])
 
 
 class _Inside(nn.Module):

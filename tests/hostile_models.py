@@ -214,6 +214,16 @@ def a_buffer(model, patch):
             setattr(owner, name, x.flip(-1) if name != "token_type_ids" else torch.ones_like(x))
 
 
+def a_buffer_with_gaps(model, patch):
+    """Written to after a call."""
+    owner, name = one([(x, name) for x in base(model).modules() for name in x._buffers])
+    x = owner._buffers[name]
+    owner._buffers[name] = x.repeat_interleave(2, -1)[..., ::2]
+    model.encode(TEXTS[:2])
+    with torch.no_grad():
+        owner._buffers[name].copy_(x.flip(-1) if name != "token_type_ids" else 1)
+
+
 def dropout_of_a_module(model, patch):
     found = [x for x in base(model).modules() if isinstance(x, nn.Dropout)]
     one(found).p = 1.0

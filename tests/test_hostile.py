@@ -65,6 +65,14 @@ def test_drawn_edits_are_honoured(plain):
         ("step_that_reads_hidden_rows", "embedding"),
         ("Tensor.sum", "gradient"),
         ("Tensor.sum", "embedding"),
+        ("a_buffer_with_gaps", "encoded"),
+        ("a_mock", "encoded"),
+        ("forward_of_the_class_of_the_model", "encoded"),
+        ("gradient_asked_of_the_embeddings", "gradient"),
+        ("gradient_asked_of_the_embeddings", "training"),
+        ("method_of_one_object", "encoded"),
+        ("module_that_comes_twice", "encoded"),
+        ("names_that_the_model_is_given", "encoded"),
     ],
 )
 def test_edits_that_were_ignored(name, call, called, plain):

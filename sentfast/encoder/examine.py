@@ -19,7 +19,7 @@ from sentfast.encoder.adapters import adapted
 from sentfast.encoder.architecture import MODEL_TYPES, Architecture, architecture_of
 from sentfast.encoder.device import composed
 from sentfast.encoder.parts import Dropouts, LayerParts, Parts
-from sentfast.integrations.guards import MARK
+from sentfast.integrations.guards import ours
 from sentfast.reference import ACTIVATIONS
 from sentfast.registry import KERNEL_DTYPES
 
@@ -86,7 +86,7 @@ def foreign(function: Any) -> bool:
     """Whether code of neither transformers nor PyTorch nor us takes part in a method."""
     while function is not None:
         package = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
-        if package not in ("transformers", "torch") and not hasattr(function, MARK):
+        if package not in ("transformers", "torch") and not ours(function):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
@@ -130,6 +130,9 @@ def _check_buffers(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 raise _RefusalError("SF103", f"{owner}.{name} is on {buffer.device}, the first parameter on {device}")
+            # Only what lies in one piece is compared at every call.
+            if buffer is not None and not buffer.is_contiguous():
+                raise _RefusalError("SF105", f"{owner}.{name} is not contiguous: strides {buffer.stride()}")
             if buffer is None or name not in ("position_ids", "token_type_ids"):
                 continue
             default = torch.arange(buffer.shape[-1], device=buffer.device) if name == "position_ids" else 0

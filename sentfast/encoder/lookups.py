@@ -21,10 +21,11 @@ from sentfast import private
 from sentfast.encoder.own_names import PLACES, own_names
 from sentfast.encoder.watch import dictionary
 from sentfast.integrations import trampolines
-from sentfast.integrations.guards import MARK
+from sentfast.integrations.guards import ours
 
-# Whose code may stand behind a name; any other has been put there.
-_KNOWN = frozenset(sys.stdlib_module_names) | {
+# Whose code may stand behind a name; any other has been put there. A mock runs whatever somebody has told it to, or
+# counts its calls.
+_KNOWN = frozenset(sys.stdlib_module_names) - {"unittest"} | {
     "accelerate",
     "huggingface_hub",
     "numpy",
@@ -127,7 +128,7 @@ class Lookups:
         if inside is not None:
             self._visit(inside)
         # A decorator's function is read too, unless it is ours.
-        if not isinstance(value, types.FunctionType) or hasattr(value, MARK):
+        if not isinstance(value, types.FunctionType) or ours(value):
             return
         if id(value) in self._seen or not self._reads(value):
             return
@@ -205,10 +206,10 @@ class Lookups:
 
     def _judge(self, value: Any, name: str) -> None:
         """Remembers a name behind which there is code of somebody else."""
-        while isinstance(value, (functools.partial, types.MethodType, staticmethod, classmethod, property)):
-            value = next(getattr(value, part) for part in ("func", "__func__", "fget") if hasattr(value, part))
-        inside = None if hasattr(value, MARK) else getattr(value, "__wrapped__", None)
-        if inside is not None and not isinstance(value, type):
+        while _place_inside(value):
+            value = _inside(value)
+        inside = None if ours(value) else getattr(value, "__wrapped__", None)
+        if inside is not None and inside is not value and not isinstance(value, type):
             self._judge(inside, name)
         if isinstance(value, type) or not (callable(value) or hasattr(type(value), "__get__")):
             return
@@ -232,10 +233,22 @@ class Lookups:
         return found[2]
 
 
+def _place_inside(value: Any) -> str:
+    """The attribute in which a method, a partial, a property has its function; "" for any other object."""
+    # By its class: there are objects that have an attribute of any name, and that again has one.
+    kind = type(value)
+    if issubclass(kind, (types.MethodType, staticmethod, classmethod)):
+        return "__func__"
+    if issubclass(kind, property):
+        return "fget"
+    partial = any(base.__module__ == "functools" for base in kind.__mro__)
+    return "func" if partial and hasattr(value, "func") else ""
+
+
 def _inside(value: Any) -> Any:
     """The function inside a method, a partial, a property, a decorated function; None for a plain one."""
-    found = (getattr(value, name, None) for name in ("__func__", "func", "fget", "__wrapped__"))
-    return next(filter(callable, found), None)
+    found = getattr(value, _place_inside(value) or "__wrapped__", None)
+    return found if callable(found) and found is not value else None
 
 
 def _home(function: Any) -> str:

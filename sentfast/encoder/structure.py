@@ -13,7 +13,7 @@ from sentfast import private
 from sentfast.encoder import watch
 from sentfast.encoder.examine import inner_modules
 from sentfast.encoder.model_lookups import ModelLookups
-from sentfast.integrations.guards import MARK
+from sentfast.integrations.guards import ours
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -79,7 +79,8 @@ class Structure:
         return self._drops
 
     def requires_grad(self) -> bool:
-        return any(map(_requires_grad, self.parameters))
+        """A parameter does, or a hook asks it of the embeddings, as for adapters under checkpointing."""
+        return self._asked or any(map(_requires_grad, self.parameters))
 
     def _renew_modes(self) -> None:
         if not self._modes.same():
@@ -87,7 +88,9 @@ class Structure:
             self._read_modes()
 
     def _read_modes(self) -> None:
-        self._hooked = any(chain.from_iterable(map(_hooks, self._spaces))) and has_hooks(self._spaces)
+        listened = any(chain.from_iterable(map(_hooks, self._spaces)))
+        self._hooked = listened and has_hooks(self._spaces)
+        self._asked = listened and any(map(asks_for_gradient, self.inner))
         dropouts = [module for module in self.inner if isinstance(module, nn.Dropout)]
         asking = [module for module in self.inner if type(module).__module__.startswith("transformers.models.")]
         self._drops = any(module.training for module in dropouts + asking) and any(x.p > 0 for x in dropouts)
@@ -95,7 +98,7 @@ class Structure:
 
 def unmarked(function: Any) -> Any:
     """The original of a function that was replaced by ours."""
-    while hasattr(function, MARK):
+    while ours(function):
         function = function.__wrapped__
     return function
 
@@ -110,15 +113,21 @@ def _modes(inner: list[nn.Module]) -> list[tuple[dict, Any, tuple[str, ...], Any
     return tables
 
 
-# Modules of transformers whose hooks change nothing: one records outputs only when asked to, the other asks for the
+# Modules of transformers whose hooks change no number: one records outputs only when asked to, the other asks for the
 # gradient of the embeddings.
-_HARMLESS = ("transformers.utils.output_capturing", "transformers.modeling_utils")
+_ASKING = "transformers.modeling_utils"
+_HARMLESS = ("transformers.utils.output_capturing", _ASKING)
 
 
 def has_hooks(spaces: list[dict[str, Any]]) -> bool:
     """Hooks that do something, on the way forward."""
     hooks = chain.from_iterable(map(dict.values, chain.from_iterable(map(_hooks, spaces))))
     return any(getattr(hook, "__module__", "") not in _HARMLESS for hook in hooks)
+
+
+def asks_for_gradient(module: nn.Module) -> bool:
+    """Whether ``enable_input_require_grads`` has put its hook on the module: its output gets a gradient."""
+    return any(getattr(hook, "__module__", "") == _ASKING for hook in vars(module)["_forward_hooks"].values())
 
 
 class State:

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from sentfast.encoder import adapters
 from sentfast.encoder.examine import LayerParts, Parts
+from sentfast.encoder.structure import asks_for_gradient
 from sentfast.ops.attention import varlen_attention_qkvpacked
 from sentfast.ops.layers import Normed, bias_activation, dropout, normed
 from sentfast.ops.linear import activation_linear, linear, norm_linear, side_by_side
@@ -82,6 +83,8 @@ def _checkpointed(batch: _Batch, index: int, x: Tensor) -> Tensor:
 def _embed(batch: _Batch, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
     parts = batch.parts
     x = _look_up(parts.words, input_ids)
+    if vars(parts.words)["_forward_hooks"] and torch.is_grad_enabled() and asks_for_gradient(parts.words):
+        x.requires_grad_(True)
     if parts.token_types is not None:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = x + _look_up(parts.token_types, types)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from sentfast.report import fallback, reasons
 from sentfast.switch import is_enabled, run_original
 
 PLAIN = (Tensor, Parameter)
-MARK = "__sentfast__"
+_MARK = "__sentfast__"
 HALF = (torch.bfloat16, torch.float16)
 
 STRIDED = torch.strided
@@ -31,6 +32,17 @@ HAS_KERNELS = {
     "cpu": native.cpu_loaded(),
     "cuda": not native.why_no_cuda() or not native.why_no_triton("cuda"),
 }
+
+
+def mark(function: Any) -> None:
+    """Says that a function is ours."""
+    setattr(function, _MARK, function.__code__)
+
+
+def ours(function: Any) -> bool:
+    """Whether a function is ours. One that somebody has put around it by ``functools.wraps`` has its marks, and other
+    code."""
+    return type(function) is types.FunctionType and vars(function).get(_MARK) is function.__code__
 
 
 def accelerated(name: str, original: Callable, attempt: Callable) -> Callable:
@@ -68,7 +80,7 @@ def _replacement(name: str, original: Callable, attempt: Callable, compiled: Cal
         fallback(name, result)
         return run_original(original, *args, **kwargs) if switch_off else original(*args, **kwargs)
 
-    setattr(wrapper, MARK, True)
+    mark(wrapper)
     return wrapper if small is None else _gate(name, original, wrapper)
 
 
@@ -89,7 +101,7 @@ def _gate(name: str, original: Callable, wrapper: Callable) -> Callable:
     }
     arguments = inspect.signature(original).parameters
     gate = functools.wraps(original)(trampolines.gate(name, ", ".join(arguments), names))
-    setattr(gate, MARK, True)
+    mark(gate)
     return gate
 
 
@@ -107,7 +119,7 @@ def rewritten(name: str, original: Callable, rewrite: Callable) -> Callable:
             return original(*args, **kwargs)
         return original(*rewrite(*args, **kwargs))
 
-    setattr(wrapper, MARK, True)
+    mark(wrapper)
     return wrapper
 
 
@@ -121,7 +133,7 @@ def within(name: str, original: Callable, context: Callable) -> Callable:
         with context(*args, **kwargs):
             return original(*args, **kwargs)
 
-    setattr(wrapper, MARK, True)
+    mark(wrapper)
     return wrapper
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sentfast.integrations.guards import MARK
+from sentfast.integrations.guards import ours
 
 # Activations of one number at a time, which may see other rows and columns than in the original; first those whose
 # vector and scalar code agree to the bit.
@@ -25,7 +25,7 @@ ROW_BY_ROW = (nn.Linear, nn.LayerNorm, nn.Dropout, *ACTIVATIONS)
 def foreign(method: Any) -> bool:
     """Other code has replaced the method of a class of PyTorch, transformers or sentence-transformers."""
     package = getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0]
-    return package not in ("torch", "transformers", "sentence_transformers") and not hasattr(method, MARK)
+    return package not in ("torch", "transformers", "sentence_transformers") and not ours(method)
 
 
 def any_foreign(cls: type, steps: tuple[str, ...]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sentfast import switch
 from sentfast.encoder import lengths
-from sentfast.integrations.guards import MARK
+from sentfast.integrations.guards import mark
 
 _MODULE, _FUNCTION = "accelerate.data_loader", "send_to_device"
 _watched = False
@@ -38,7 +38,7 @@ def _build(original: Callable) -> Callable:
             _note(batch, sent)
         return sent
 
-    setattr(send_to_device, MARK, True)
+    mark(send_to_device)
     return send_to_device
 
 

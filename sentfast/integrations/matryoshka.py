@@ -122,7 +122,9 @@ def _step(version: Version, method: Any, loss: Any) -> Callable | None:
     for step in losses.steps(version):
         names = version.loss_module(step.loss), f"{step.loss}.{step.method}"
         if names == (getattr(method, "__module__", None), getattr(method, "__qualname__", None)):
-            return None if originals.why_not(unmarked(method), (loss,)) else step.with_prefixes
+            original = unmarked(method)
+            intact = originals.noted(original) and not originals.why_not(original, (loss,))
+            return step.with_prefixes if intact else None
     return None
 
 

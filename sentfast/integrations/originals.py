@@ -6,6 +6,7 @@ one of these names, or a small example on which the two differ, leaves the origi
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -45,6 +46,7 @@ class Original:
         self._proven: dict[Hashable, str] = {}
         self._looked_up: frozenset[str] = frozenset()
         self._overridden: dict[tuple[type, type], bool] = {}
+        self._methods: dict[type, frozenset[str]] = {}
 
     def why_not(self, args: tuple = ()) -> str:
         """The reason code why the original has to run now."""
@@ -67,13 +69,25 @@ class Original:
             self._overridden[cls, base] = any(not self._looked_up.isdisjoint(vars(kind)) for kind in between)
         return self._overridden[cls, base]
 
+    def replaced(self, part: Any) -> bool:
+        """Whether an object has a method of its own in place of one of its class that the code looks up."""
+        cls = type(part)
+        if cls not in self._methods:
+            found = self._looked_up & {name for kind in cls.__mro__ for name, x in vars(kind).items() if _is_method(x)}
+            self._methods[cls] = found - _OF_EVERY_CLASS
+        return not vars(part).keys().isdisjoint(self._methods[cls])
+
     def _read(self, args: tuple) -> None:
         found = Lookups(_PACKAGES, self._functions, self._classes)
         self._looked_up = frozenset(found.names) - _OF_EVERY_CLASS
-        self._overridden, self._proven = {}, {}
+        self._overridden, self._methods, self._proven = {}, {}, {}
         self.epoch += 1
         self._reason = "SF110" if found.foreign else "" if self._key else self._prove(args)
         self._names = watch.names(found)
+
+
+def _is_method(x: Any) -> bool:
+    return isinstance(x, (types.FunctionType, classmethod, staticmethod))
 
 
 _by_function: weak.Table[Original] = weak.Table()
@@ -82,6 +96,11 @@ _by_function: weak.Table[Original] = weak.Table()
 def note(function: Any, original: Original) -> None:
     """Whoever calls what stands for the function by another way asks by :func:`why_not`."""
     _by_function[function] = original
+
+
+def noted(function: Any) -> bool:
+    """Whether it was: what somebody else has put in place of a method may have its names, and never was."""
+    return function in _by_function
 
 
 def why_not(function: Any, args: tuple) -> str:

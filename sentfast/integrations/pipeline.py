@@ -20,6 +20,9 @@ EMBEDDING = "sentence_embedding"
 _MODEL_STEPS = ("__call__", "forward", "preprocess", "tokenize", "_can_flatten_inputs", "_resolve_inference_device")
 _TRANSFORMER_STEPS = ("__call__", "forward", "preprocess", "tokenize", "_call_processor", "_get_prompt_length")
 
+# What the base model is given.
+_GIVEN = {"input_ids", "attention_mask", "token_type_ids", "return_dict"}
+
 _LANES = 16
 # From seven rows on, the order of a sum in our product does not depend on how many there are.
 _ROWS = 7
@@ -33,6 +36,7 @@ class Classes(NamedTuple):
     pooling: type
     normalize: type
     dense: type
+    formatter: type
     others: tuple[type, ...]
 
 
@@ -77,6 +81,7 @@ def classes(version: Version) -> Classes:
         find(version.pooling, "Pooling"),
         find(version.normalize, "Normalize"),
         find("sentence_transformers.base.modules.dense", "Dense"),
+        find("sentence_transformers.base.modality", "InputFormatter"),
         (find(others + "layer_norm", "LayerNorm"), find(others + "dropout", "Dropout")),
     )
 
@@ -92,6 +97,8 @@ def find(version: Version, model: Any) -> Pipeline | str:
     """The model as the fused path runs it, or the reason code why not."""
     known = classes(version)
     children: tuple[Any, ...] = tuple(model._modules.values())
+    if len(set(map(id, children))) < len(children):  # which the original calls once
+        return "SF101"
     if len(children) < 2 or type(children[1]) is not known.pooling or not isinstance(children[0], known.transformer):
         return "SF101"
     transformer, pooling = children[:2]
@@ -102,7 +109,10 @@ def find(version: Version, model: Any) -> Pipeline | str:
         return "SF110"
     if _overridden(model, known.model, _MODEL_STEPS) or _overridden(transformer, known.transformer, _TRANSFORMER_STEPS):
         return "SF110"
-    if "forward" in vars(pooling) or not all(_ours(cls) for cls in (known.transformer, known.pooling, known.normalize)):
+    formatter = transformer.input_formatter
+    if type(formatter) is not known.formatter or any(map(whole.replaced, (model, transformer, pooling, formatter))):
+        return "SF110"
+    if not all(_ours(cls) for cls in (known.transformer, known.pooling, known.normalize)):
         return "SF110"
     modes = modules.pooling_modes(version, pooling)
     reason = why_not_run(model, transformer, pooling) or why_not_transformer(transformer)
@@ -144,9 +154,15 @@ def why_not_transformer(transformer: Any) -> str:
         return "SF101"
     if transformer.can_flatten_inputs or transformer.query_expansion is not None:
         return "SF107"
-    if any(transformer.processing_kwargs.values()):
+    if any(transformer.processing_kwargs.values()) or not _hands_over(transformer):
         return "SF107"
     return tokenize.why_not(transformer.processor) or _why_not_padding(transformer.processor)
+
+
+def _hands_over(transformer: Any) -> bool:
+    """It takes every text for a text, and its model is given all that the tokenizer makes."""
+    formatter, given = transformer.input_formatter, transformer.model_forward_params
+    return formatter.supported_modalities == ["text"] and (given is None or given.issuperset(_GIVEN))
 
 
 def _why_not_padding(tokenizer: Any) -> str:
@@ -165,7 +181,7 @@ def _overridden(module: Any, cls: type, steps: tuple[str, ...]) -> bool:
 
 def _ours(cls: type) -> bool:
     """Its forward is still our replacement, and called as in PyTorch."""
-    return hasattr(vars(cls)["forward"], guards.MARK) and not layers.foreign(cls.__call__)
+    return guards.ours(vars(cls)["forward"]) and not layers.foreign(cls.__call__)
 
 
 def _hooked(module: Any) -> bool:

@@ -30,7 +30,7 @@ from sentfast.integrations import (
     trampolines,
     workers,
 )
-from sentfast.integrations.guards import MARK, accelerated, accelerated_loop, rewritten, with_original, within
+from sentfast.integrations.guards import accelerated, accelerated_loop, ours, rewritten, with_original, within
 from sentfast.integrations.versions import TESTED, Version, find, tested
 from sentfast.report import fallback, warn
 from sentfast.switch import Site
@@ -161,7 +161,7 @@ def _method(version: Version, row: Row) -> Site | None:
     if not isinstance(original, types.FunctionType) or original.__module__ != module:
         _foreign(name)
         return None
-    if hasattr(original, "__wrapped__") and not hasattr(original, MARK) and not _decorated(original):
+    if hasattr(original, "__wrapped__") and not ours(original) and not _decorated(original):
         _foreign(name)
         return None
     replacement = functools.partial(row.replacement, version)

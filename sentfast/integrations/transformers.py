@@ -109,7 +109,7 @@ def _build(architecture: Architecture, original: Callable) -> Callable:
             return original(self, *args, **kwargs)
         return accelerated(self, *args, **kwargs)
 
-    setattr(forward, guards.MARK, True)
+    guards.mark(forward)
     return forward
 
 
