@@ -68,6 +68,7 @@ def test_drawn_edits_are_honoured(plain):
         ("a_buffer_with_gaps", "encoded"),
         ("a_mock", "encoded"),
         ("forward_of_the_class_of_the_model", "encoded"),
+        ("forward_that_reads_hidden_rows", "embedding"),
         ("gradient_asked_of_the_embeddings", "gradient"),
         ("gradient_asked_of_the_embeddings", "training"),
         ("method_of_one_object", "encoded"),

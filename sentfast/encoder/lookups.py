@@ -206,15 +206,8 @@ class Lookups:
 
     def _judge(self, value: Any, name: str) -> None:
         """Remembers a name behind which there is code of somebody else."""
-        while _place_inside(value):
-            value = _inside(value)
-        inside = None if ours(value) else getattr(value, "__wrapped__", None)
-        if inside is not None and inside is not value and not isinstance(value, type):
-            self._judge(inside, name)
-        if isinstance(value, type) or not (callable(value) or hasattr(type(value), "__get__")):
-            return
-        home = _home(value)
-        if home.partition(".")[0] not in _KNOWN and not self.foreign:
+        home = stranger(value)
+        if home and not self.foreign:
             self.foreign = f"{name} is code of {home}"
 
     def _judge_kernels(self) -> None:
@@ -231,6 +224,18 @@ class Lookups:
         if found is None:
             found = self._tables[id(space)] = space, None, {}, self.names if barred else None
         return found[2]
+
+
+def stranger(value: Any) -> str:
+    """Where the code of somebody else comes from that runs behind a function, a descriptor; "" for none."""
+    while _place_inside(value):
+        value = _inside(value)
+    if isinstance(value, type) or not (callable(value) or hasattr(type(value), "__get__")):
+        return ""
+    inside = None if ours(value) else getattr(value, "__wrapped__", None)
+    found = stranger(inside) if inside is not None and inside is not value else ""
+    home = found or _home(value)
+    return home if found or home.partition(".")[0] not in _KNOWN else ""
 
 
 def _place_inside(value: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from sentfast.encoder import adapters, choice
+from sentfast.encoder.lookups import stranger
 from sentfast.encoder.structure import has_hooks
 from sentfast.integrations import layers, originals
 from sentfast.integrations.versions import Version
@@ -101,9 +102,18 @@ def left_zero(base: nn.Module) -> None:
 
 def _blind(model: Any, features: Any) -> bool:
     """Nothing in the model, and nobody who listens to it, reads hidden rows."""
-    if _hooked(model) or not isinstance(features, Mapping) or _POSITIONS in features:
+    if _hooked(model) or not isinstance(features, Mapping) or _POSITIONS in features or _own_forward(model):
         return False
     return bool(_left_out(model._modules.values()))
+
+
+def _own_forward(model: Any) -> bool:
+    """Code of somebody else is around `forward` of the model: of its class, a base of it, or of this one object."""
+    cls = type(model)
+    if layers.foreign(cls.forward) or layers.foreign(cls.__call__):
+        return True
+    own = vars(model).get("forward")  # MatryoshkaLoss has put its decorator there, or accelerate what it wraps
+    return own is not None and bool(stranger(own) or stranger(getattr(own, "fn", own)))
 
 
 def _left_out(modules: Any) -> bool | None:
