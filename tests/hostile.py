@@ -52,6 +52,7 @@ SHOWN_BY = {
     "gradient_asked_of_the_embeddings": _TRAINS,
     "hook_of_a_gradient": _TRAINS,
     "method_of_one_object": ("encoded", "scores"),
+    "dropout_that_stays_on": ("encoded", "scores"),
     "forward_that_reads_hidden_rows": _OF_A_SENTENCE,
     "module_that_comes_twice": _OF_A_SENTENCE,
     "names_that_the_model_is_given": _OF_A_SENTENCE,

@@ -256,6 +256,26 @@ def forward_that_reads_hidden_rows(model, patch):
         model.__class__ = type("Other", (type(model),), {name: step})
 
 
+def dropout_that_stays_on(model, patch):
+    """Although ``encode`` calls ``model.eval()``."""
+    found = [x for x in base(model).modules() if isinstance(x, nn.Dropout)]
+    for x in found:
+        x.p = 1.0
+    original = nn.Module.train
+    way = one(["object", "class", "all", "model", "sentence model"])
+    if way == "object":
+        one(found).train().train = lambda mode=True: None
+    elif way == "class":
+        patch.setattr(nn.Dropout, "train", lambda self, mode=True: original(self, True), raising=False)
+    elif way == "all":
+        patch.setattr(nn.Module, "train", lambda self, mode=True: original(self, mode or isinstance(self, nn.Dropout)))
+    elif way == "model":
+        base(model).train().train = lambda mode=True: None
+    else:
+        name = one(["train", "eval"])
+        setattr(model.train(), name, lambda mode=True: model)
+
+
 def similarity_of_the_model(model, patch):
     model._similarity, model._similarity_pairwise = (lambda x, y: x @ y.T * 2), (lambda x, y: (x * y).sum(-1) * 2)
 

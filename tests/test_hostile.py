@@ -67,6 +67,7 @@ def test_drawn_edits_are_honoured(plain):
         ("Tensor.sum", "embedding"),
         ("a_buffer_with_gaps", "encoded"),
         ("a_mock", "encoded"),
+        ("dropout_that_stays_on", "encoded"),
         ("forward_of_the_class_of_the_model", "encoded"),
         ("forward_that_reads_hidden_rows", "embedding"),
         ("gradient_asked_of_the_embeddings", "gradient"),

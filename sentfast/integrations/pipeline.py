@@ -243,32 +243,28 @@ def _activate(function: Any, x: Tensor) -> Tensor:
     return torch.cat([function(row) for row in rows.split(1)])[:, :width]
 
 
-# The modules below a model, all of them in evaluation mode: compares that they still are.
+# The modules below a model as ``model.eval()`` has left them: compares that it would leave them so.
 _evaluated: weak.Table[Any] = weak.Table()
+_SWITCHES = ("train", "eval")
 
 
 def find_evaluated(version: Version, model: Any) -> Pipeline | str:
     """:func:`find` after ``model.eval()``, which visits every module and is left out where it would change nothing."""
-    if model.training:
-        model.eval()
-    found = find(version, model)
-    if found == "SF122":  # a part of it is in training mode
-        model.eval()
-        found = find(version, model)
-    if isinstance(found, str):
-        return found
     known = _evaluated.get(model)
-    if known is None or not known.same():
+    own = not vars(model).keys().isdisjoint(_SWITCHES)
+    if model.training or own or known is None or not known.same():
         model.eval()
         _evaluated[model] = watch.modes(_modes(model))
-    return found
+    return find(version, model)
 
 
 def _modes(model: nn.Module) -> list[tuple[dict, Any, tuple[str, ...], Any]]:
-    """Who is below a model, and in which mode."""
+    """Who is below a model, in which mode, and how it is switched."""
     tables: list[tuple[dict, Any, tuple[str, ...], Any]] = []
+    kinds: dict[type, None] = {}
     for module in model.modules():
         tables.append((module._modules, None, tuple(module._modules), True))
+        kinds.update(dict.fromkeys(type(module).__mro__[:-1]))
         if module is not model:  # which is never held, and was asked
-            tables.append((vars(module), module, ("training", "_modules"), None))
-    return tables
+            tables.append((vars(module), module, ("training", "_modules", *_SWITCHES), None))
+    return tables + [(watch.dictionary(kind.__dict__), None, _SWITCHES, None) for kind in kinds]
