@@ -85,6 +85,8 @@ def precision_flags(model, patch):
     return _flags(settings)
 
 
+NAME = "sentence_embedding"
+
 # ---- the sentence model ----------------------------------------------------------------------------------------------
 
 
@@ -158,6 +160,8 @@ def edited_dense(model, patch):
             lambda: x.linear.weight.data.mul_(2),
             lambda: setattr(x.linear, "forward", lambda y: y * 2),
             lambda: setattr(x, "use_residual", True),
+            lambda: setattr(x, "_compiled_call_impl", lambda given: {**given, NAME: -x.forward(given)[NAME]}),
+            lambda: setattr(x, "module_input_name", "token_embeddings"),
             lambda: setattr(x, "linear", nn.Sequential(x.linear, nn.Tanh())),
             lambda: setattr(x.linear, "__class__", type("Own", (nn.Linear,), {"forward": lambda self, y: y * 3})),
             lambda: prune.random_unstructured(x.linear, "weight", amount=0.5),

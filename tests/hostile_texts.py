@@ -67,6 +67,19 @@ def tokenizer_replaced(model, patch):
         model.tokenizer = other
 
 
+def language_of_the_tokenizer(model, patch):
+    """Which some set before each text."""
+    x = model.tokenizer
+
+    def switch(self=x):
+        x.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("e", "i")
+
+    if by_chance():
+        patch.setattr(type(x), "_switch_to_input_mode", switch, raising=False)
+    else:
+        x._switch_to_input_mode = switch
+
+
 def method_of_the_tokenizer(model, patch):
     name = one(["__call__", "_encode_plus"])
     cls = type(model.tokenizer)

@@ -222,3 +222,20 @@ def test_one_that_exists_already(model):
     assert calls_of(cached) == 0
     sentfast.enable()
     assert calls_of(cached) == 1
+
+
+def test_a_hook_on_all_modules_sees_the_inner_loss(model):
+    loss = losses.MatryoshkaLoss(model, MNRL(model), DIMS)
+    assert calls_of(loss, 2) == 1
+
+    def double(module, given, out):
+        return out * 2 if isinstance(module, MNRL) else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        found = value_and_gradient(loss, columns(2))
+        with sentfast.disabled():
+            expected = value_and_gradient(loss, columns(2))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

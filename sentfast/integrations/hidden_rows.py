@@ -137,8 +137,16 @@ def _left_out(modules: Any) -> bool | None:
                 return None
         elif cls.__name__ not in (*_ROW_BY_ROW, *_LEAVE_OUT):
             return None
+        if _hands_on(module):
+            return None
         left_out = left_out or cls.__name__ in _LEAVE_OUT
     return left_out
+
+
+def _hands_on(module: Any) -> bool:
+    """The module makes of each row something of another name, in which nobody leaves rows out."""
+    given = getattr(module, "module_input_name", None)
+    return given == "token_embeddings" and getattr(module, "module_output_name", given) not in (None, given)
 
 
 def _listened(module: nn.Module) -> bool:

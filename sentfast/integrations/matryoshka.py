@@ -68,7 +68,9 @@ def _taken(version: Version, loss: Any) -> _Taken | None:
     if getattr(inner, "model", None) is not loss.model or "forward" in vars(inner):
         return None
     # The one is not called as a module, and who listens to the other would be told whole embeddings.
-    if any(vars(x)[name] for x in (inner, loss.model) for name in _HOOKS) or layers.foreign(type(loss.model).__call__):
+    if any(vars(x)[name] for x in (inner, loss.model) for name in _HOOKS) or private.any_global_hook():
+        return None
+    if layers.foreign(type(loss.model).__call__):
         return None
     guided = _step(version, type(inner).forward, inner)
     if guided is not None:

@@ -206,7 +206,7 @@ def _why_not_tail(known: Classes, module: Any) -> str:
         return "SF101"
     if any("forward" in vars(part) or layers.any_foreign(type(part), ("__call__", "forward")) for part in parts):
         return "SF110"
-    return "SF120" if any(map(_hooked, parts)) else ""
+    return why_not_run(*parts)
 
 
 def _in_place(module: Any) -> bool:

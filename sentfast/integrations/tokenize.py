@@ -31,6 +31,8 @@ _STEPS = (
     "_get_padding_truncation_strategies",
     "set_truncation_and_padding",
 )
+# What a tokenizer with several languages has, to be called before each text.
+_SWITCH = "_switch_to_input_mode"
 _NEEDED = {"input_ids", "attention_mask"}  # without a mask the original attends to padding
 _FEATURES = {*_NEEDED, "token_type_ids"}
 # So few texts are done before the tokenizer's own threads have woken up.
@@ -69,7 +71,7 @@ def why_not(tokenizer: Any) -> str:
     """What can be said against this tokenizer before it has seen a text."""
     if not isinstance(tokenizer, TokenizersBackend):
         return "SF101"
-    if not _standard(type(tokenizer)) or not vars(tokenizer).keys().isdisjoint(_STEPS):
+    if not _standard(type(tokenizer)) or not vars(tokenizer).keys().isdisjoint((*_STEPS, _SWITCH)):
         return "SF110"
     if type(tokenizer._tokenizer) is not tokenizers.Tokenizer:
         return "SF110"
@@ -79,7 +81,7 @@ def why_not(tokenizer: Any) -> str:
 
 def _standard(cls: type) -> bool:
     own = all(getattr(cls, step) is getattr(TokenizersBackend, step) for step in _STEPS)
-    return own and not layers.any_foreign(TokenizersBackend, _STEPS)
+    return own and not hasattr(cls, _SWITCH) and not layers.any_foreign(TokenizersBackend, _STEPS)
 
 
 def why_not_texts(texts: list) -> str:
