@@ -72,6 +72,8 @@ def test_drawn_edits_are_honoured(plain):
         ("forward_that_reads_hidden_rows", "embedding"),
         ("gradient_asked_of_the_embeddings", "gradient"),
         ("gradient_asked_of_the_embeddings", "training"),
+        ("memory_given_back", "encoded"),
+        ("memory_given_back", "training"),
         ("method_of_one_object", "encoded"),
         ("module_that_comes_twice", "encoded"),
         ("names_that_the_model_is_given", "encoded"),

@@ -42,7 +42,7 @@ class _Entry:
     def current(self, model: nn.Module) -> bool:
         """Nothing but the values of a covered model's parameters can have changed."""
         same = type(model) is self.cls and self.structure.same(model)
-        return same and (self.state is not None or self.structure.same_kinds())
+        return same and (self.state is not None or (self.structure.same_kinds() and self.structure.same_forms()))
 
     def same_values(self) -> bool:
         """Tensors are where they were, and adapters as they were."""

@@ -82,6 +82,13 @@ def inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from child.named_modules(prefix=name)
 
 
+def has_memory(x: torch.Tensor) -> bool:
+    """Some give back the memory of a tensor that they leave where it is, as FSDP does between two calls."""
+    if type(x) is not nn.Parameter or x.is_meta:
+        return True
+    return x.untyped_storage().nbytes() >= (x.storage_offset() + x.numel()) * x.element_size()
+
+
 def foreign(function: Any) -> bool:
     """Whether code of neither transformers nor PyTorch nor us takes part in a method."""
     while function is not None:
@@ -113,6 +120,8 @@ def _check_parameters(model: nn.Module) -> None:
                 raise _RefusalError("SF114" if sharded else "SF108", f"{path} is a {type(parameter).__name__}")
             if parameter.layout != torch.strided:
                 raise _RefusalError("SF105", f"{path} has layout {parameter.layout}")
+            if not has_memory(parameter):
+                raise _RefusalError("SF105", f"the memory of {path} was given back")
             # Read where it is: a copy would have to be compared with it at every call.
             if not parameter.is_contiguous():
                 raise _RefusalError("SF105", f"{path} is not contiguous: strides {parameter.stride()}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sentfast import private
 from sentfast.encoder import watch
-from sentfast.encoder.examine import inner_modules
+from sentfast.encoder.examine import has_memory, inner_modules
 from sentfast.encoder.model_lookups import ModelLookups
 from sentfast.integrations.guards import ours
 
@@ -57,11 +57,11 @@ class Structure:
         return list(map(_kind, self.parameters)) == self._kinds
 
     def same_forms(self) -> bool:
-        """Sizes and strides."""
+        """Sizes and strides, and whether there is memory behind them."""
         return self._forms_now() == self._forms
 
     def _forms_now(self) -> list[tuple[Any, ...]]:
-        return [(x.layout, x.shape, x.stride() if x.layout == torch.strided else ()) for x in self.parameters]
+        return list(map(_form, self.parameters))
 
     def hooked(self) -> bool:
         """Hooks on inner modules that may see or change what passes."""
@@ -94,6 +94,10 @@ class Structure:
         dropouts = [module for module in self.inner if isinstance(module, nn.Dropout)]
         asking = [module for module in self.inner if type(module).__module__.startswith("transformers.models.")]
         self._drops = any(module.training for module in dropouts + asking) and any(x.p > 0 for x in dropouts)
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return (x.layout, x.shape, x.stride(), has_memory(x)) if x.layout == torch.strided else (x.layout, x.shape)
 
 
 def unmarked(function: Any) -> Any:
