@@ -148,7 +148,7 @@ def test_a_unit_vector_of_one_number_does_not_change(backend: Backend) -> None:
     for rest in ((), (9,), (3, 7)):
         given = [torch.randn(count, 9, device=backend.device) for count in (5, 8)]
         for x in given:
-            x[:, 0] *= 10.0 ** torch.randint(-9, 1, (len(x),), device=backend.device)
+            x[:, 0] = x[:, 0].sign() * 10.0 ** torch.randint(-9, 1, (len(x),), device=backend.device)
 
         def gradients(dims: tuple[int, ...], given: list[Tensor] = given) -> list[Tensor]:
             leaves = [x.clone().requires_grad_() for x in given]
@@ -158,4 +158,5 @@ def test_a_unit_vector_of_one_number_does_not_change(backend: Backend) -> None:
 
         found = gradients((*rest, 1))
         expected = gradients(rest) if rest else [0 * x for x in found]
-        assert all(map(torch.equal, found, expected))
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 if rest else 0)
