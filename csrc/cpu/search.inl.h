@@ -178,19 +178,16 @@ struct Int8Step {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(query));
     return sum;
   }
-#elif defined(__AVX512BW__)
-  static SENTFAST_INLINE Words multiply_add(Words query, Words row, Words sum) {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(row, query), _mm512_set1_epi16(1)));
-  }
 #elif defined(__AVX2__)
   static SENTFAST_INLINE Words multiply_add(Words query, Words row, Words sum) {
-    // One piece with one register for what lies between: GCC 12 moves intrinsics about until nine of the twelve sums
-    // of a tile go through memory at every step.
-    alignas(32) static constexpr int16_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    // One piece, with one register for what lies between: GCC 12 moves intrinsics about until most sums of a tile go
+    // through memory at every step.
+    alignas(64) static constexpr int16_t ones[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                     1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     Words between;
     asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
-        : "+x"(sum), "=&x"(between)
-        : "x"(row), "x"(query), "m"(ones));
+        : "+v"(sum), "=&v"(between)
+        : "v"(row), "v"(query), "m"(ones));
     return sum;
   }
 #elif defined(SENTFAST_NEON)
