@@ -83,6 +83,14 @@ ALLOWED = {
             )
         ),
     ),
+    "the last of the largest": Allowance(
+        "In half precision several numbers are as large as the last that stays of the largest.",
+        lambda drawn, text: (
+            drawn.get("dtype") in (torch.float16, torch.bfloat16)
+            and ("max_active_dims" in drawn or "sparse autoencoder" in drawn)
+            and text.startswith("embeddings: error")
+        ),
+    ),
     "weights in a mask": Allowance(
         "An attention mask counts as 0 or not 0. sentence-transformers multiplies by it.",
         lambda drawn, text: (
