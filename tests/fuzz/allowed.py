@@ -25,6 +25,12 @@ ALLOWED = {
         "A warning about the algorithm that PyTorch itself would have run.",
         lambda drawn, text: bool(_HARMLESS.match(text)),
     ),
+    "a backward hook without a gradient": Allowance(
+        "PyTorch's remark that such a hook wants tensors; it is not called in either case.",
+        lambda drawn, text: (
+            "hooks" in drawn and text.startswith("warning: only stock: UserWarning: For backward hooks to be called")
+        ),
+    ),
     "told of hidden rows": Allowance(
         "Whoever calls an accelerated base model with padding is told once that its padded rows are 0.",
         lambda drawn, text: text.startswith("warning: only ours: SentfastWarning: sentfast: last_hidden_state is 0"),

@@ -139,4 +139,5 @@ def cast(draw: Draw, made: nn.Module) -> torch.dtype:
     dtype = draw.one_of("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), p=0.15)
     made.to(dtype)
     draw.real(made)
+    draw.coarse |= dtype == torch.bfloat16  # of which `encode` makes float32
     return dtype
