@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
 from sentfast.integrations.guards import ours
 
@@ -21,11 +22,19 @@ ACTIVATIONS = (
 ROW_BY_ROW = (nn.Linear, nn.LayerNorm, nn.Dropout, *ACTIVATIONS)
 
 
-@functools.lru_cache(256)
 def foreign(method: Any) -> bool:
     """Other code has replaced the method of a class of PyTorch, transformers or sentence-transformers."""
+    # Of a call to a cache Dynamo warns the user.
+    return _foreign(method) if is_compiling() else _known_foreign(method)
+
+
+def _foreign(method: Any) -> bool:
     package = getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0]
     return package not in ("torch", "transformers", "sentence_transformers") and not ours(method)
+
+
+_known_foreign = functools.lru_cache(256)(_foreign)
+forget_foreign = _known_foreign.cache_clear
 
 
 def any_foreign(cls: type, steps: tuple[str, ...]) -> bool:

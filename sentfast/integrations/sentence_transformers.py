@@ -135,7 +135,7 @@ def resolve(text: str) -> Version | None:
 
 def sites() -> Iterator[Site]:
     """The table as attributes to replace, for the installed version."""
-    layers.foreign.cache_clear()  # it holds what was put in their place the last time
+    layers.forget_foreign()  # it holds what was put in their place the last time
     text = installed()
     version = resolve(text)
     if not tested(text):
