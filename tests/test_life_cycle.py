@@ -240,6 +240,8 @@ spaces = [sys.modules, *(vars(x) for x in (torch, torch.nn.functional, util, typ
 for module in (*model.modules(), model[0].config, loss):
     spaces.append(vars(module))
 places = [x for x in spaces if isinstance(x, dict)]
+classes = {kind for part in (loss, *model.modules(), model[0].__dict__.get("input_formatter")) for kind in type(part).__mro__}
+places += [gc.get_referents(kind.__dict__)[0] for kind in classes if kind is not object and kind is not type(None)]
 x, count, wrong = torch.randn(40, 64), [0], []
 
 def grow(phase, info):

@@ -131,7 +131,8 @@ def has_hooks(spaces: list[dict[str, Any]]) -> bool:
 
 def asks_for_gradient(module: nn.Module) -> bool:
     """Whether ``enable_input_require_grads`` has put its hook on the module: its output gets a gradient."""
-    return any(getattr(hook, "__module__", "") == _ASKING for hook in vars(module)["_forward_hooks"].values())
+    hooks = vars(module)["_forward_hooks"].copy().values()
+    return any(getattr(hook, "__module__", "") == _ASKING for hook in hooks)
 
 
 class State:

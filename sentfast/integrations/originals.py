@@ -73,7 +73,9 @@ class Original:
         """Whether an object has a method of its own in place of one of its class that the code looks up."""
         cls = type(part)
         if cls not in self._methods:
-            found = self._looked_up & {name for kind in cls.__mro__ for name, x in vars(kind).items() if _is_method(x)}
+            # In one step: others may add to a class meanwhile.
+            spaces = [vars(kind).copy() for kind in cls.__mro__]
+            found = self._looked_up & {name for space in spaces for name, x in space.items() if _is_method(x)}
             self._methods[cls] = found - _OF_EVERY_CLASS
         return not vars(part).keys().isdisjoint(self._methods[cls])
 
