@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import itertools
 import os
@@ -206,6 +207,8 @@ def test_interrupts_at_any_time(makers):
         sentfast.accelerate(model)
     ended = time.monotonic() + 10
     while any(thread.name == "sentfast-ahead" for thread in threading.enumerate()):
+        if time.monotonic() > ended:
+            faulthandler.dump_traceback(all_threads=True)
         assert time.monotonic() < ended
         time.sleep(0.01)
 
@@ -240,8 +243,9 @@ spaces = [sys.modules, *(vars(x) for x in (torch, torch.nn.functional, util, typ
 for module in (*model.modules(), model[0].config, loss):
     spaces.append(vars(module))
 places = [x for x in spaces if isinstance(x, dict)]
-classes = {kind for part in (loss, *model.modules(), model[0].__dict__.get("input_formatter")) for kind in type(part).__mro__}
-places += [gc.get_referents(kind.__dict__)[0] for kind in classes if kind is not object and kind is not type(None)]
+parts = loss, *model.modules(), getattr(model[0], "input_formatter", loss)
+classes = {kind for part in parts for kind in type(part).__mro__} - {object}
+places += [gc.get_referents(kind.__dict__)[0] for kind in classes]
 x, count, wrong = torch.randn(40, 64), [0], []
 
 def grow(phase, info):

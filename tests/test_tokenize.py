@@ -235,6 +235,27 @@ def test_the_thread_that_works_ahead_ends(draw):
         assert made == list(range(last))
         stopped = stop_at is not None and stop_at < min(count, count if error_at is None else error_at)
         assert failed == (error_at is not None and error_at < count and not stopped)
+    assert_no_thread_works_ahead()
+
+
+def test_the_thread_that_works_ahead_ends_whatever_interrupts_its_reader(monkeypatch):
+    """A signal may come between any two steps, also where the reader is about to say that it stops."""
+    from sentfast.integrations.ahead import ahead
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    for taken in range(3):
+        generator = ahead(iter(range(100)))
+        for _ in range(taken + 1):
+            next(generator)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(threading.Event, "set", interrupted)
+            generator.close()
+    assert_no_thread_works_ahead()
+
+
+def assert_no_thread_works_ahead():
     deadline = time.monotonic() + 5
     while any(thread.name == "sentfast-ahead" for thread in threading.enumerate()):
         assert time.monotonic() < deadline

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
-from collections.abc import Generator, Iterable
+import weakref
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -14,6 +16,10 @@ _END = object()
 _LOOK = 0.2
 # Seconds that a reader waits for the thread to end; it ends at the next place where it may be stopped anyway.
 _WAIT = 0.1
+
+
+class _Reader:
+    """Lives as long as somebody reads."""
 
 
 class _Failure:
@@ -30,8 +36,10 @@ def ahead(items: Iterable[Item | None], most: int = 1) -> Generator[Item, None, 
     made: queue.SimpleQueue[Any] = queue.SimpleQueue()
     permits = threading.Semaphore(most)
     stopped = threading.Event()
+    reader = _Reader()
+    wanted = functools.partial(_wanted, stopped, weakref.ref(reader))
     # Not a daemon: the interpreter waits for it at its end, and it looks whether that has come.
-    thread = threading.Thread(target=_work, args=(items, made, permits, stopped), name="sentfast-ahead", daemon=False)
+    thread = threading.Thread(target=_work, args=(items, made, permits, wanted), name="sentfast-ahead", daemon=False)
     try:
         thread.start()
         while (item := made.get()) is not _END:
@@ -40,24 +48,28 @@ def ahead(items: Iterable[Item | None], most: int = 1) -> Generator[Item, None, 
             permits.release()
             yield item
     finally:
-        # Whatever interrupts this, the thread ends.
+        # Even where a signal interrupts this, the thread ends: with the reader, which goes with this frame.
         stopped.set()
         permits.release()
         if thread.is_alive():
             thread.join(_WAIT)
 
 
+def _wanted(stopped: threading.Event, reader: weakref.ref[_Reader]) -> bool:
+    return not stopped.is_set() and reader() is not None and threading.main_thread().is_alive()
+
+
 def _work(
-    items: Iterable[Any], made: queue.SimpleQueue[Any], permits: threading.Semaphore, stopped: threading.Event
+    items: Iterable[Any], made: queue.SimpleQueue[Any], permits: threading.Semaphore, wanted: Callable[[], bool]
 ) -> None:
     try:
         for item in items:
             if item is not None:
                 made.put(item)
                 while not permits.acquire(timeout=_LOOK):
-                    if not threading.main_thread().is_alive():
+                    if not wanted():
                         return
-            if stopped.is_set() or not threading.main_thread().is_alive():
+            if not wanted():
                 return
         made.put(_END)
     except BaseException as error:  # whatever it is, the reader is the one to be told
