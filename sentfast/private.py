@@ -14,8 +14,10 @@ import torch
 import torch.library
 import torch.nn.modules.module as _module
 from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C import _DisableAutocast as WithoutAutocast
 from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel_for
 from torch._C import _get_function_stack_at as function_mode_at
+from torch._C import _InferenceMode as InferenceMode
 from torch._C import _is_tracing as is_tracing
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C import _len_torch_function_stack as function_modes
@@ -29,6 +31,8 @@ from torch.utils._device import DeviceContext
 __all__ = [
     "AnyDropout",
     "DeviceContext",
+    "InferenceMode",
+    "WithoutAutocast",
     "amx_tiles",
     "any_global_forward_hook",
     "any_global_hook",
@@ -45,6 +49,10 @@ __all__ = [
     "special_trace",
     "to_tensor",
 ]
+
+# InferenceMode and WithoutAutocast are torch.inference_mode and torch.autocast without Python around them: where a
+# signal's exception comes while those begin to end, they never end. The end of InferenceMode also takes back what a
+# torch.no_grad inside it has left behind in this way.
 
 # Whether the processor has AMX and the operating system lets programs use it; not every version can tell.
 amx_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

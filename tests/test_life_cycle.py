@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -211,6 +212,50 @@ def test_interrupts_at_any_time(makers):
             faulthandler.dump_traceback(all_threads=True)
         assert time.monotonic() < ended
         time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators that are closed
+def test_an_interrupt_where_a_function_begins_leaves_no_mode_of_pytorch_behind(makers):
+    """A signal that comes while an operator runs is raised there, as where a Python-level context begins to end."""
+    from sentence_transformers import util
+
+    draw, model, x = random.Random(torch.initial_seed()), makers["bert"](), torch.randn(20, 32)
+    calls = {
+        "query": lambda: model.encode("a b c"),
+        "texts": lambda: model.encode(["a b c", "d"] * 20, normalize_embeddings=True, convert_to_tensor=True),
+        "search": lambda: util.semantic_search(x, x, top_k=3),
+        "cos_sim": lambda: util.cos_sim(x, x),
+        "accelerate": lambda: sentfast.accelerate(sentfast.restore(model)),
+    }
+    for name, call in calls.items():
+        call()
+        places = functions_called(call)
+        for place in draw.sample(range(places), min(places, 150)):
+            functions_called(call, place)
+            assert not torch.is_inference_mode_enabled(), (name, place)
+            assert torch.is_grad_enabled(), (name, place)
+            assert free(), (name, place)
+
+
+def functions_called(call: Callable[[], object], place: int = -1) -> int:
+    """How many functions of Python it calls; Alarm is raised where the one at this place begins."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        if event == "call":
+            count += 1
+            if count - 1 == place:
+                raise Alarm
+
+    sys.setprofile(profile)
+    try:
+        call()
+    except Alarm:
+        pass
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def free() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sentfast import locks, native, weak
+from sentfast import locks, native, private, weak
 from sentfast.encoder import adapters, choice
 from sentfast.encoder.architecture import architecture_of
 from sentfast.encoder.composed import Composed
@@ -196,7 +196,7 @@ def _packed(model: nn.Module, entry: _Entry, dtype: torch.dtype) -> Encoder | Co
     known = entry.verified.get(dtype)
     if known is not None:  # without making it again
         return known.code
-    with _lock, torch.inference_mode(False), torch.no_grad():
+    with _lock, private.InferenceMode(False), torch.no_grad():
         if dtype not in entry.encoders:
             assert isinstance(entry.found, Parts)
             made = _made(entry.found, dtype)

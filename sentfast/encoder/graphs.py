@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sentfast import locks
+from sentfast import locks, private
 from sentfast.encoder.device import HostBatch, batch_of, send
 from sentfast.report import warn
 
@@ -113,7 +113,7 @@ class Graphs:
             return None
         try:
             # Outside inference mode, so that the block can be written to from everywhere.
-            with torch.inference_mode(False), torch.no_grad():
+            with private.InferenceMode(False), torch.no_grad():
                 block = torch.zeros(_size(with_types, shape), dtype=torch.int32, device=self._device)
                 batch = batch_of(block, with_types, shape.tokens, shape.sequences, shape.longest)
                 replay, output = self._capture.record(lambda: forward(batch, *options))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sentfast import locks
+from sentfast import locks, private
 from sentfast.encoder import arguments, choice
 from sentfast.encoder.parts import Parts
 from sentfast.encoder.weights import Sources, pack
@@ -161,7 +161,7 @@ class Encoder:
 
     def refresh(self) -> None:
         """Packs anew what is a copy."""
-        with torch.inference_mode(False), torch.no_grad():
+        with private.InferenceMode(False), torch.no_grad():
             self._pack()
 
     def _pack(self) -> None:

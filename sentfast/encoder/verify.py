@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sentfast import switch
+from sentfast import private, switch
 from sentfast.encoder.examine import Parts, Refusal, examine
 from sentfast.encoder.tables import Tables
 from sentfast.encoder.training import token_embeddings
@@ -36,13 +36,7 @@ def _verify(model: nn.Module, parts: Parts, runs: list[tuple[torch.dtype, Run]])
 
     run: from int32 ids, cu_seqlens, token types and positions, both or None, on the CPU to token embeddings [T, H].
     """
-    kind = parts.device.type
-    with (
-        uncounted(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(kind, enabled=False),
-    ):
+    with uncounted(), private.InferenceMode(False), torch.no_grad(), private.WithoutAutocast():
         copy = twin(model)
         if "pooler" in vars(copy)["_modules"]:
             copy.pooler = None  # it runs as it is

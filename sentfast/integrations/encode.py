@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sentfast import functional
+from sentfast import functional, private
 from sentfast.encoder import Composed
 from sentfast.encoder import device as devices
 from sentfast.integrations import hidden_rows, pipeline, shells, tokenize
@@ -123,7 +123,7 @@ def inference(
     reason = reason or _why_not_call(model, inputs, output_value, device, kwargs)
     if reason:
         return reason
-    with torch.inference_mode():
+    with private.InferenceMode(True):
         found = pipeline.find_evaluated(version, model)
         if isinstance(found, str):
             return found

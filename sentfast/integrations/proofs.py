@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sentfast import switch
+from sentfast import private, switch
 from sentfast.encoder.verify import twin
 from sentfast.integrations import loss_proofs
 from sentfast.integrations.modules import MODE_FLAGS
@@ -34,7 +34,7 @@ def prove(name: str, version: Version, original: Callable, attempt: Callable, ar
     if examples is None:
         return ""
     call = _with_gradient if name in _WITH_GRADIENT else _plainly
-    with uncounted(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with uncounted(), private.InferenceMode(False), torch.no_grad(), private.WithoutAutocast():
         for given in examples(version, args):
             try:
                 found = call(attempt, given)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sentfast import switch, weak
+from sentfast import private, switch, weak
 from sentfast.encoder import Encoder, watch
 from sentfast.encoder.structure import unmarked
 from sentfast.encoder.verify import ALLOWED, difference, example, twin
@@ -60,7 +60,7 @@ def _prove(found: Any, parts: list[Any]) -> str:
         return next(filter(None, (originals.why_not(forward, (part,)) for forward, part in steps)), "")
     if any(type(module) in _JUMPS for part in parts for module in part.modules()):
         return ""
-    with uncounted(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with uncounted(), private.InferenceMode(False), torch.no_grad(), private.WithoutAutocast():
         try:
             result, expected = _both(found, parts)
         except Exception:  # the original has its own error for the caller
