@@ -18,6 +18,8 @@ from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+NAME = "sentence_embedding"
+
 # ---- contexts --------------------------------------------------------------------------------------------------------
 
 
@@ -84,8 +86,6 @@ def precision_flags(model, patch):
     settings = [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, one(["medium", "high"]))]
     return _flags(settings)
 
-
-NAME = "sentence_embedding"
 
 # ---- the sentence model ----------------------------------------------------------------------------------------------
 

@@ -72,6 +72,8 @@ constexpr double kSearchEps = 1e-12;  // the smallest norm that a cosine divides
 // From here on float32 cannot hold the square of a norm, which then counts as infinite, as in PyTorch's normalize. Of
 // one number nothing is squared.
 constexpr double kSearchMost = 0x1p64;
+// Up to here a cosine has a bound: the norm that the bound is made of is rounded too.
+constexpr float kSearchMostBounded = 1.8e19f;
 
 // What a cosine divides by for a norm. NaN stays.
 constexpr double search_divisor(double norm, int64_t dim) {

@@ -47,7 +47,7 @@ inline double search_factors(int64_t metric, const float* packed, int64_t rows, 
   const float *height = row(packed, kSearchHeight), *tilt = row(packed, kSearchTilt);
   const float *norm = row(packed, kSearchNorm), *rest = row(packed, kSearchNormRest);
   // Norms for which products or errors leave float32 get no bound: NaN lets every pair through.
-  const float largest = metric == kCosine ? 1.8e19f : metric == kDot ? 1e30f : 1e10f;
+  const float largest = metric == kCosine ? kSearchMostBounded : metric == kDot ? 1e30f : 1e10f;
   const float smallest = metric == kCosine ? 1.001e-12f : metric == kDot ? 1e-20f : 1e-15f;
   double weight[kSearchPanel], base = std::numeric_limits<double>::infinity();
   for (int64_t j = 0; j < kSearchPanel; ++j) {
@@ -94,7 +94,7 @@ struct SearchQuery {
     divisor = unit_score = norm > 0 ? norm : 1;
     if (metric == kCosine) unit_score = norm > 0 && norm < kSearchEps ? norm / kSearchEps : 1;
     if (metric == kEuclidean) divisor = unit_score = std::max(norm, 1e-10);
-    const double most = metric == kCosine ? 1.8e19 : metric == kDot ? 1e30 : 1e15;
+    const double most = metric == kCosine ? kSearchMostBounded : metric == kDot ? 1e30 : 1e15;
     bounded = norm <= most;
     if (!bounded) divisor = unit_score = 1;
   }

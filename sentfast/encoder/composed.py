@@ -169,7 +169,7 @@ class Composed:
         return self.hidden(batch) if pooling is None else self.pooled(batch, pooling)
 
     def current(self, whole: bool = False) -> bool:
-        """As far as PyTorch counts changes."""
+        """As far as PyTorch counts changes; whole: whether to look at every byte, which nothing here does."""
         return self._written.same()
 
     def refresh(self) -> None:

@@ -83,7 +83,7 @@ def _checkpointed(batch: _Batch, index: int, x: Tensor) -> Tensor:
 def _embed(batch: _Batch, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
     parts = batch.parts
     x = _look_up(parts.words, input_ids)
-    if vars(parts.words)["_forward_hooks"] and torch.is_grad_enabled() and asks_for_gradient(parts.words):
+    if torch.is_grad_enabled() and asks_for_gradient(parts.words):
         x.requires_grad_(True)
     if parts.token_types is not None:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids

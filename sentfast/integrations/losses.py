@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sentfast import functional, private, registry
 from sentfast.integrations import guards, originals
 from sentfast.integrations.versions import Version
+from sentfast.ops.losses import LEAST_SCALE
 from sentfast.reference import DIRECTIONS
 from sentfast.report import fallback
 
@@ -33,8 +34,7 @@ _SIMILARITIES: dict[str, Literal["cosine", "dot"]] = {
 }
 # Two texts may be equal, and then equally near: a difference in the last digits is none.
 _TIE = 4 * torch.finfo(torch.float32).eps
-# Numbers by which our operator multiplies scores.
-_LEAST, _MOST = 1e-38, torch.finfo(torch.float32).max
+_MOST_SCALE = torch.finfo(torch.float32).max
 _SYMMETRIC = ("query_to_doc", "doc_to_query")
 # Of PyTorch, which losses call.
 MODULES = (nn.CrossEntropyLoss, nn.CosineSimilarity)
@@ -151,7 +151,8 @@ def _ranking(version: Version, loss: Any, columns: Any, directions: Any, prefixe
 
 def _known(directions: Any) -> str:
     """The original passes over a name that it does not know, and takes the first direction in any case."""
-    return "" if directions is None or set(DIRECTIONS[:1]) <= set(directions) <= set(DIRECTIONS) else "SF107"
+    known = directions is None or (DIRECTIONS[0] in directions and set(directions) <= set(DIRECTIONS))
+    return "" if known else "SF107"
 
 
 def _partition(loss: Any, directions: tuple) -> Literal["joint", "per_direction"]:
@@ -354,7 +355,7 @@ def _scale(scale: Any, queries: Tensor) -> str:
     """A positive number, or a parameter that is learned."""
     if isinstance(scale, Tensor):
         return "" if scale.ndim == 0 and scale.dtype.is_floating_point and scale.device == queries.device else "SF107"
-    return "" if isinstance(scale, (int, float)) and _LEAST <= scale <= _MOST else "SF107"
+    return "" if isinstance(scale, (int, float)) and LEAST_SCALE <= scale <= _MOST_SCALE else "SF107"
 
 
 def _score_dtype(version: Version, loss: Any, x: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from sentfast.registry import define
 WORKSPACE = 64 << 20
 MARGIN_STRATEGIES = ("absolute", "relative")
 SIMILARITIES = ("cosine", "dot")
+LEAST_SCALE = 1e-38  # about the least normal float32
 
 _ARGUMENTS = (
     "Tensor queries, Tensor documents, Tensor? all_queries, Tensor? scale_tensor, float scale, bool cosine, int offset,"
@@ -126,7 +127,7 @@ def _scale(scale: object, queries: Tensor) -> tuple[Tensor | None, float]:
         if checks.values_readable(scale) and not scale.item() > 0:
             raise ValueError(f"scale: expected more than 0, got {scale.item()}")
         return scale.to(accumulation_dtype(queries.dtype)), 1.0
-    return None, checks.finite("scale", scale, 1e-38)
+    return None, checks.finite("scale", scale, LEAST_SCALE)
 
 
 def _guides(guide: Sequence[Tensor], queries: Tensor, documents: Tensor, all_queries: Tensor | None) -> list:
