@@ -46,6 +46,7 @@ __all__ = [
     "is_tracing",
     "keep_at_exit",
     "kernels_of_python",
+    "namespace_of",
     "special_trace",
     "to_tensor",
 ]
@@ -53,6 +54,16 @@ __all__ = [
 # InferenceMode and WithoutAutocast are torch.inference_mode and torch.autocast without Python around them: where a
 # signal's exception comes while those begin to end, they never end. The end of InferenceMode also takes back what a
 # torch.no_grad inside it has left behind in this way.
+
+
+def namespace_of(operator: Any) -> str:
+    """Of an operator, such as "aten"; "" for what is none."""
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        return operator._qualified_op_name.partition("::")[0]
+    if isinstance(operator, (torch._ops.OpOverload, torch.library.CustomOpDef)):
+        return operator.namespace if isinstance(operator, torch._ops.OpOverload) else operator._namespace
+    return ""
+
 
 # Whether the processor has AMX and the operating system lets programs use it; not every version can tell.
 amx_tiles: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hostile_code
 import hostile_deeper
+import hostile_gradients
 import hostile_models
 import hostile_surroundings
 import hostile_texts
@@ -60,12 +61,18 @@ SHOWN_BY = {
     "prompt_edited": ("encoded", "scores"),
     "prompt_left_out": ("encoded", "scores"),
     "similarity_of_the_model": ("scores",),
+    "activation_with_another_gradient": _TRAINS,
+    "function_with_another_gradient": _TRAINS,
+    "no_gradient_through": _TRAINS,
+    "dropout_by_the_forward_of_another_class": ("training",),
+    "modes_of_modules": ("base_model", "embedding", "gradient"),
 }
 
 EDITS = {
     **{edit.__name__: edit for edit in hostile_code.FUNCTIONS},
     **hostile_code.EDITS,
     **hostile_deeper.EDITS,
+    **hostile_gradients.EDITS,
     **hostile_models.EDITS,
     **hostile_surroundings.EDITS,
     **hostile_texts.EDITS,

@@ -77,8 +77,20 @@ def test_drawn_edits_are_honoured(plain):
         ("method_of_one_object", "encoded"),
         ("module_that_comes_twice", "encoded"),
         ("names_that_the_model_is_given", "encoded"),
+        ("activation_with_another_gradient", "gradient"),
+        ("dropout_by_the_forward_of_another_class", "training"),
+        ("no_gradient_through", "gradient"),
+        ("tensor_for_a_parameter", "encoded"),
+        ("tensor_for_a_parameter", "gradient"),
     ],
 )
 def test_edits_that_were_ignored(name, call, called, plain):
     for seed in range(2):
         attempt(Case("bert", name, call, called, seed), plain("bert"), undone=False)
+
+
+@pytest.mark.parametrize("kind", hostile.KINDS)
+def test_every_dropout_has_its_own_mode(kind, plain):
+    for call in ("embedding", "gradient") * 4:
+        seed = int(torch.randint(1 << 30, ()))
+        attempt(Case(kind, "modes_of_modules", call, seed % 2 == 0, seed), plain(kind), undone=False)

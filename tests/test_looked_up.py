@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import warnings
 
 import encoders
@@ -16,7 +17,7 @@ import sentfast
 from sentfast.encoder import encoder as module
 from sentfast.encoder import encoder_of, watch
 from sentfast.encoder.examine import inner_modules
-from sentfast.encoder.lookups import Lookups
+from sentfast.encoder.lookups import Lookups, stranger
 from sentfast.encoder.verify import ALLOWED
 
 LENGTHS = [9, 1, 5]
@@ -292,3 +293,14 @@ def test_code_of_somebody_else_is_named():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "linear", lambda *arguments: None)
         assert "linear is code of" in Lookups(("transformers.", "torch.nn."), [nn.Linear.forward], [nn.Linear]).foreign
+
+
+def test_a_file_named_as_a_module_of_python_is_somebody_elses(tmp_path, monkeypatch):
+    (tmp_path / "trace.py").write_text("def step(x): return x\nclass Step:\n    def __call__(self, x): return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trace", raising=False)
+    import trace
+
+    assert stranger(trace.step) == stranger(trace.Step()) == str(tmp_path / "trace.py")
+    monkeypatch.delitem(sys.modules, "trace")
+    assert stranger(math.sin) == stranger(contextlib.nullcontext) == stranger(warnings.warn) == ""

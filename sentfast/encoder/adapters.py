@@ -49,7 +49,7 @@ def terms(module: Any) -> list[Term] | None:
         if name not in module.lora_A:
             continue
         a, b, dropout, scaling = (table[name] for table in _tables(module))
-        if not (_plain(a, nn.Linear) and _plain(b, nn.Linear) and a.bias is None and b.bias is None):
+        if not all(_plain(x, nn.Linear) and x.bias is None and type(x.weight) is nn.Parameter for x in (a, b)):
             return None
         if not _plain(dropout, nn.Dropout, nn.Identity) or not isinstance(scaling, (int, float)):
             return None

@@ -120,7 +120,7 @@ ARCHITECTURES = (
         qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         output="attention.attn.o",
         attention_norm="attention.LayerNorm",
-        attention="attention.attn",
+        attention="attention.attn.dropout",
         attention_dropout="attention.attn.dropout",
         output_dropout="attention.dropout",
     ),

@@ -165,8 +165,15 @@ def _check_modules(model: nn.Module, architecture: Architecture) -> None:
             raise _RefusalError("SF110", f"{path}.forward was replaced")
         classes.add(cls)
     for cls in classes - {nn.ModuleList}:
-        if foreign(cls.forward):
+        if foreign(cls.forward) or not _own_forward(cls):
             raise _RefusalError("SF110", f"{cls.__name__}.forward was replaced")
+
+
+def _own_forward(cls: type) -> bool:
+    """Whether the class or a base of it was written with this `forward`, and not with that of another class."""
+    written = next(kind for kind in cls.__mro__ if "forward" in vars(kind))
+    name = getattr(vars(written)["forward"], "__qualname__", "")
+    return name == f"{written.__qualname__}.forward"
 
 
 def _check_config(config: Any) -> None:
@@ -191,8 +198,8 @@ class _Reader:
 
     def embedding(self, root: Any, path: str, columns: int) -> nn.Embedding:
         table = self._plain(root, path, nn.Embedding, None)
-        if table.max_norm is not None or table.weight.shape[1] != columns:
-            raise _RefusalError("SF125", f"{path} has max_norm or another width than {columns}")
+        if table.max_norm is not None or table.scale_grad_by_freq or table.weight.shape[1] != columns:
+            raise _RefusalError("SF125", f"{path} has max_norm, scale_grad_by_freq or another width than {columns}")
         return table
 
     def norm(self, root: Any, path: str, size: int) -> nn.LayerNorm:
@@ -211,6 +218,10 @@ class _Reader:
         if plain.weight is None or (shape is not None and tuple(plain.weight.shape) != shape):
             got = "no weight" if plain.weight is None else f"shape {list(plain.weight.shape)}"
             raise _RefusalError("SF125", f"{path} has {got}, expected shape {list(shape or ())}")
+        for name in ("weight", "bias"):
+            # A plain tensor is not watched, and may carry a gradient from elsewhere.
+            if getattr(plain, name, None) is not plain._parameters.get(name):
+                raise _RefusalError("SF108", f"{path}.{name} is no parameter of its module")
         bias = getattr(plain, "bias", None)
         if bias is not None and bias.shape != plain.weight.shape[:1]:
             raise _RefusalError("SF125", f"the bias of {path} has shape {list(bias.shape)}, which the sum may expand")

@@ -41,6 +41,10 @@ _KNOWN = frozenset(sys.stdlib_module_names) - {"unittest"} | {
     "tqdm",
     "transformers",
 }
+# Where modules of Python lie.
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+# Whose operators are known.
+_NAMESPACES = frozenset({"aten", "mkldnn", "onednn", "prim", "prims", "quantized", "sentfast", "torchvision"})
 # Modules of which nothing enters a result.
 _SILENT = frozenset({"logging", "typing", "warnings"})
 # Looked up without being named: what operators and statements call. Making and showing an object is no part of it.
@@ -229,13 +233,33 @@ class Lookups:
 def stranger(value: Any) -> str:
     """Where the code of somebody else comes from that runs behind a function, a descriptor; "" for none."""
     while _place_inside(value):
+        # A class of somebody else's may have been made for a function of PyTorch's, as an autograd.Function is.
+        owner = getattr(value, "__self__", None) if isinstance(value, types.MethodType) else None
+        if owner is not None and not _known(_module_of(owner if isinstance(owner, type) else type(owner))):
+            return _module_of(owner if isinstance(owner, type) else type(owner))
         value = _inside(value)
     if isinstance(value, type) or not (callable(value) or hasattr(type(value), "__get__")):
         return ""
     inside = None if ours(value) else getattr(value, "__wrapped__", None)
     found = stranger(inside) if inside is not None and inside is not value else ""
     home = found or _home(value)
-    return home if found or home.partition(".")[0] not in _KNOWN else ""
+    return home if found or not _known(home) else ""
+
+
+def _known(home: str) -> bool:
+    return home.partition(".")[0] in _KNOWN
+
+
+def _module_of(cls: type) -> str:
+    """The module of a class; the file of one that only has the name of a module of Python."""
+    names = vars(sys.modules.get(cls.__module__, types))
+    return _in_python(cls.__module__, names.get("__file__")) or cls.__module__
+
+
+def _in_python(name: str, file: str | None) -> str:
+    """The file of a module that is named as one of Python's and lies elsewhere; "" for any other."""
+    own = name.partition(".")[0] not in sys.stdlib_module_names or file is None
+    return "" if own or os.path.abspath(str(file)).startswith(_PYTHON) else str(file)
 
 
 def _place_inside(value: Any) -> str:
@@ -262,14 +286,18 @@ def _home(function: Any) -> str:
         names, file = function.__globals__, function.__code__.co_filename
         made = file.startswith("<") or trampolines.original_of(function) is not None
         same = made or os.path.abspath(file) == os.path.abspath(names.get("__file__") or file)
-        return str(names.get("__name__", "")) if same else file
+        name = str(names.get("__name__", ""))
+        return (_in_python(name, names.get("__file__")) or name) if same else file
     if isinstance(function, types.BuiltinFunctionType):
         owner = function.__self__
         inside = owner if isinstance(owner, type) else type(owner)
         return str(
             function.__module__ or (owner.__name__ if isinstance(owner, types.ModuleType) else inside.__module__)
         )
-    return str(type(function).__module__)
+    namespace = private.namespace_of(function)
+    if namespace:
+        return "torch" if namespace in _NAMESPACES else f"ops.{namespace}"
+    return _module_of(type(function))
 
 
 @functools.cache

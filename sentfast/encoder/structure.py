@@ -93,7 +93,10 @@ class Structure:
         self._asked = listened and any(map(asks_for_gradient, self.inner))
         dropouts = [module for module in self.inner if isinstance(module, nn.Dropout)]
         asking = [module for module in self.inner if type(module).__module__.startswith("transformers.models.")]
-        self._drops = any(module.training for module in dropouts + asking) and any(x.p > 0 for x in dropouts)
+        rates = [x.p for x in dropouts] + [vars(x).get("attention_dropout", 0.0) for x in asking]
+        self._drops = any(module.training for module in dropouts + asking) and any(
+            isinstance(rate, (int, float)) and rate > 0 for rate in rates
+        )
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The original against the encoder, on a few short sequences, before a model runs packed for the first time.
 
 The original runs on a twin: the same classes, parameters and buffers in other module objects, in evaluation mode and
-without hooks. So nothing of the model is touched, no gradient is recorded and no random number is drawn.
+without hooks. So nothing of the model is touched, no gradient reaches it and no random number is drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sentfast import private, switch
 from sentfast.encoder.examine import Parts, Refusal, examine
@@ -23,6 +24,10 @@ from sentfast.report import uncounted, warn
 # The largest difference allowed, relative to the largest number of the original's result. Two ways to round differ by
 # some 1e-6 in float32; a patch that changes less than this changes nothing that embeddings are used for.
 ALLOWED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# The same of gradients, which go through every layer twice.
+ALLOWED_OF_GRADIENT = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 3e-1}
+# Numbers of an embedding table by which a gradient is tried.
+_SMALL = 1 << 20
 # Lengths of the sequences; the first is longer where layers see a window only, so that it matters.
 _LENGTHS = (11, 1, 6)
 
@@ -71,7 +76,8 @@ def try_encoders(model: nn.Module, parts: Parts, tried: list[Any]) -> Refusal | 
 
 def try_steps(model: nn.Module) -> Refusal | None:
     """The same for the steps that a training runs, on the twin's modules, which drop nothing."""
-    parts = examine(twin(model))
+    own = _with_leaves(twin(model))
+    parts = examine(own)
     if isinstance(parts, Refusal):
         return _told(model, parts)
     device, tables = parts.device, parts.tables
@@ -81,7 +87,65 @@ def try_steps(model: nn.Module) -> Refusal | None:
         longest, types = int(ends.diff().max()), None if types is None else types.to(device)
         return token_embeddings(parts, ids.to(device), ends.to(device), longest, types, positions.to(device))
 
-    return _told(model, _verify(model, parts, [(parts.dtype, run)]))
+    refusal = _verify(model, parts, [(parts.dtype, run)])
+    return _told(model, refusal or _verify_gradients(model, parts, own, run))
+
+
+def _verify_gradients(model: nn.Module, parts: Parts, own: nn.Module, run: Run) -> Refusal | None:
+    """The same for the gradients, of smaller parameters: those of the first layers come through all others.
+
+    own: whose parts are `parts`.
+    """
+    with uncounted(), private.InferenceMode(False), private.WithoutAutocast(), torch.enable_grad(), unseen():
+        copy = _with_leaves(twin(model))
+        inputs = _ragged(parts)
+        try:
+            expected = _gradients(copy, _original(copy, parts, inputs))
+        except Exception as error:
+            return Refusal("SF129", f"the original code does not go backward: {type(error).__name__}: {error}")
+        worst = _gradient_difference(_gradients(own, run(*inputs)), expected)
+    allowed = ALLOWED_OF_GRADIENT[parts.dtype]
+    # NaN in the original's would be in ours, and then decides nothing.
+    if not worst > allowed:
+        return None
+    return Refusal("SF129", f"difference of the gradient by its length: {worst:.2g}, allowed {allowed:g}")
+
+
+def _with_leaves(copy: Any) -> Any:
+    """A twin whose parameters are its own, around the same memory; biases, norms, small tables require a gradient."""
+    if "pooler" in vars(copy)["_modules"]:
+        copy.pooler = None  # it runs as it is
+    known: dict[int, nn.Parameter] = {}
+    for module in copy.modules():
+        for name, x in module._parameters.items():
+            if x is not None:
+                leaf = x.ndim == 1 or (isinstance(module, nn.Embedding) and x.numel() <= _SMALL)
+                made = nn.Parameter(x.detach(), requires_grad=leaf)
+                module._parameters[name] = known.setdefault(id(x), made)
+    return copy
+
+
+def _gradients(copy: nn.Module, output: Tensor) -> list[Tensor | None]:
+    """Of the leaves of :func:`_with_leaves`; None where nothing comes."""
+    leaves = [x for x in copy.parameters() if x.requires_grad]
+    if not output.requires_grad:
+        return [None] * len(leaves)
+    weights = torch.arange(1, output.numel() + 1, device=output.device).view(output.shape).sin().to(output.dtype)
+    return list(torch.autograd.grad(output, leaves, weights, allow_unused=True))
+
+
+def _gradient_difference(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    """Of all in a row, by the length of the expected one; where none comes, it is 0."""
+    total = length = 0.0
+    for pair in zip(found, expected, strict=True):
+        x, y = (torch.zeros(()) if x is None else x.double().cpu() for x in pair)
+        total, length = total + float((x - y).square().sum()), length + float(y.square().sum())
+    return (total / max(length, 1e-60)) ** 0.5
+
+
+def unseen() -> Any:
+    """Hooks of somebody else on what autograd keeps are not called inside."""
+    return saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach)
 
 
 def _told(model: nn.Module, refusal: Refusal | None) -> Refusal | None:

@@ -1,22 +1,22 @@
 """Small examples on which ours has to give what sentence-transformers' own code gives, before it stands for it.
 
-They draw no random number and take a millisecond or two. An example that ours does not take proves nothing. Of losses
-the gradient is compared too.
+They draw no random number and take a millisecond or two. An example that ours does not take proves nothing. The
+gradient is compared too, where there is one.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from sentfast import private, switch
-from sentfast.encoder.verify import twin
+from sentfast.encoder.verify import twin, unseen
 from sentfast.integrations import loss_proofs
 from sentfast.integrations.modules import MODE_FLAGS
 from sentfast.integrations.versions import Version
@@ -33,9 +33,9 @@ def prove(name: str, version: Version, original: Callable, attempt: Callable, ar
     examples = _EXAMPLES.get(name)
     if examples is None:
         return ""
-    call = _with_gradient if name in _WITH_GRADIENT else _plainly
+    calls = [call for call, names in ((_plainly, _PLAINLY), (_with_gradient, _WITH_GRADIENT)) if name in names]
     with uncounted(), private.InferenceMode(False), torch.no_grad(), private.WithoutAutocast():
-        for given in examples(version, args):
+        for given, call in itertools.product(examples(version, args), calls):
             try:
                 found = call(attempt, given)
             except Exception as error:  # the call that asks for the proof is the original's then
@@ -58,22 +58,26 @@ def key(name: str) -> Callable[[tuple], Hashable] | None:
 
 
 def _plainly(function: Callable, given: tuple) -> Any:
-    result = function(*_copied(given))
+    return _result(function(*_copied(given)))
+
+
+def _result(result: Any) -> Any:
     # Before 5.4 Pooling writes into padded token embeddings, and ours does not.
     return {name: result[name] for name in result if name != "token_embeddings"} if type(result) is dict else result
 
 
 def _with_gradient(function: Callable, given: tuple) -> Any:
-    """The value and its gradient by every row of the example, each by its largest number."""
+    """The value, and the gradient of its numbers, weighted, by every number of the example."""
     given = _copied(given)
-    leaves = [x.requires_grad_() for x in _tensors(given)]
-    # Somebody's own hooks on what autograd keeps are not to see it.
-    with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach):
-        value = function(*given)
+    leaves = [x.requires_grad_() for x in _tensors(given) if x.is_floating_point()]
+    with torch.enable_grad(), unseen():
+        value = _result(function(*_copied(given)))  # not the leaves themselves, which nobody may write into
         if isinstance(value, str):
             return value
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [value, *(torch.zeros(()) if x is None else x for x in gradients)]
+        outputs = [x for x in _tensors(value) if x.requires_grad]
+        weights = [torch.arange(1, x.numel() + 1, device="cpu").view(x.shape).sin().to(x.dtype) for x in outputs]
+        gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True) if outputs else leaves[:0]
+    return [value, [torch.zeros_like(x) if y is None else y for x, y in itertools.zip_longest(leaves, gradients)]]
 
 
 def _told(name: str, detail: str) -> str:
@@ -191,9 +195,13 @@ _LOSSES = {
     "CachedLossDecorator.__call__": loss_proofs.cached_matryoshka_loss,
 }
 _BY_SETTINGS = frozenset(_LOSSES)
-# The decorator goes backward by itself, into what its caller holds.
-_WITH_GRADIENT = _BY_SETTINGS - {"CachedLossDecorator.__call__"}
+_SEARCH: dict[str, Examples] = {
+    "semantic_search": _search,
+    "paraphrase_mining_embeddings": _mining,
+    "community_detection": _communities,
+}
 _EXAMPLES: dict[str, Examples] = {
+    **_SEARCH,
     "cos_sim": _matrices,
     "dot_score": _matrices,
     "pairwise_cos_sim": _pairs,
@@ -202,10 +210,10 @@ _EXAMPLES: dict[str, Examples] = {
     "pairwise_manhattan_sim": _pairs,
     "pairwise_angle_sim": _pairs,
     "normalize_embeddings": _one,
-    "semantic_search": _search,
-    "paraphrase_mining_embeddings": _mining,
-    "community_detection": _communities,
     "Pooling.forward": _pooling,
     "Normalize.forward": _normalize,
     **{name: functools.partial(examples, _embeddings) for name, examples in _LOSSES.items()},
 }
+_PLAINLY = _EXAMPLES.keys() - (_LOSSES.keys() - {"CachedLossDecorator.__call__"})
+# The decorator goes backward by itself, into what its caller holds.
+_WITH_GRADIENT = _EXAMPLES.keys() - {"CachedLossDecorator.__call__", *_SEARCH}
