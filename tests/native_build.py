@@ -21,9 +21,12 @@ def tier_flags() -> dict[str, str]:
     return runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["TIERS"]
 
 
-def emulated_flags(flags: dict[str, str]) -> dict[str, str]:
-    """Flags of the tiers that this CPU lacks, with their instructions in AVX2 (tests/native/avx512)."""
-    features = set(Path("/proc/cpuinfo").read_text().split())
+def features_here() -> frozenset[str]:
+    return frozenset(Path("/proc/cpuinfo").read_text().split())
+
+
+def emulated_flags(flags: dict[str, str], features: frozenset[str]) -> dict[str, str]:
+    """Flags of the tiers that a CPU of such features lacks, with their instructions in AVX2 (tests/native/avx512)."""
     if "avx2" not in features:
         return {}
     shim = f"{flags['avx2']} -isystem {ROOT / 'tests' / 'native' / 'avx512'}"
@@ -35,7 +38,7 @@ def build(main: str, options: str, folder: Path, compiler: str, emulate: bool) -
     """The program of tests/native/<main>.cpp; returns its path."""
     common = [compiler, "-std=c++17", "-g1", "-Wno-psabi", *options.split()]
     flags = tier_flags()
-    emulated = emulated_flags(flags) if emulate else {}
+    emulated = emulated_flags(flags, features_here()) if emulate else {}
     sources = {ROOT / "csrc" / "cpu" / f"tier_{tier}.cpp": emulated.get(tier, flags[tier]) for tier in flags}
     # The program then takes the CPU to have every instruction set.
     sources[ROOT / "csrc" / "cpu" / "isa.cpp"] = "-D__builtin_cpu_supports(feature)=true" if emulated else ""

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import build, tier_flags
+from native_build import NEEDED, ROOT, build, emulated_flags, features_here, tier_flags
 
 # Calls instead of code in line for each access: the kernels are unrolled, and would take minutes to compile.
 CALLS = "--param asan-instrumentation-with-call-threshold=0"
@@ -32,3 +32,13 @@ def test_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     if sanitizer == "memory":
         missing = [tier for tier in tier_flags() if f"{tier} done" not in done.stdout]
         assert not missing, f"not run, and not emulated either, which takes AVX2: {missing}"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the tiers are x86-64 instruction sets")
+@pytest.mark.parametrize("tier", [tier for tier, feature in NEEDED.items() if feature in features_here()])
+def test_the_emulation_has_every_instruction(tier: str, tmp_path: Path) -> None:
+    """Where the CPU has them itself, nothing else compiles the emulation."""
+    source = ROOT / "csrc" / "cpu" / f"tier_{tier}.cpp"
+    options = emulated_flags(tier_flags(), frozenset({"avx2"}))[tier].split()
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-Wno-psabi", *options, "-O1", "-w", "-c", str(source)]
+    assert subprocess.run([*command, "-o", str(tmp_path / "tier.o")]).returncode == 0

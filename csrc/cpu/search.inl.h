@@ -178,6 +178,10 @@ struct Int8Step {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(query));
     return sum;
   }
+#elif defined(SENTFAST_EMULATED)  // by tests/native/avx512, which replaces intrinsics alone
+  static SENTFAST_INLINE Words multiply_add(Words query, Words row, Words sum) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(row, query), _mm512_set1_epi16(1)));
+  }
 #elif defined(__AVX2__)
   static SENTFAST_INLINE Words multiply_add(Words query, Words row, Words sum) {
     // One piece, with one register for what lies between: GCC 12 moves intrinsics about until most sums of a tile go

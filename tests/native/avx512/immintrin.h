@@ -24,6 +24,7 @@
 #undef _mm512_cmpge_epu32_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x8_ps
+#undef _mm512_extractf64x4_pd
 #undef _mm512_roundscale_ps
 #undef _mm512_setr_epi32
 #undef _mm512_shuffle_f32x4
@@ -126,6 +127,13 @@ SENTFAST_EMULATE __m512 _mm512_castsi512_ps(__m512i x) { return bits_as<__m512>(
 SENTFAST_EMULATE __m256 _mm512_castps512_ps256(__m512 x) { return bits_as<Halves>(x).low; }
 SENTFAST_EMULATE __m256 _mm512_extractf32x8_ps(__m512 x, int half) {
   return half == 0 ? bits_as<Halves>(x).low : bits_as<Halves>(x).high;
+}
+
+SENTFAST_EMULATE __m256d _mm512_castpd512_pd256(__m512d x) {
+  return _mm256_castps_pd(_mm512_castps512_ps256(bits_as<__m512>(x)));
+}
+SENTFAST_EMULATE __m256d _mm512_extractf64x4_pd(__m512d x, int half) {
+  return _mm256_castps_pd(_mm512_extractf32x8_ps(bits_as<__m512>(x), half));
 }
 
 // Calls f for both halves.
