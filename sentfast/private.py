@@ -60,9 +60,9 @@ def namespace_of(operator: Any) -> str:
     """Of an operator, such as "aten"; "" for what is none."""
     if isinstance(operator, torch._ops.OpOverloadPacket):
         return operator._qualified_op_name.partition("::")[0]
-    if isinstance(operator, (torch._ops.OpOverload, torch.library.CustomOpDef)):
-        return operator.namespace if isinstance(operator, torch._ops.OpOverload) else operator._namespace
-    return ""
+    if isinstance(operator, torch._ops.OpOverload):
+        return operator.namespace
+    return operator._namespace if isinstance(operator, torch.library.CustomOpDef) else ""
 
 
 # Whether the processor has AMX and the operating system lets programs use it; not every version can tell.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import sys
 import warnings
@@ -297,10 +298,9 @@ def test_code_of_somebody_else_is_named():
 
 def test_a_file_named_as_a_module_of_python_is_somebody_elses(tmp_path, monkeypatch):
     (tmp_path / "trace.py").write_text("def step(x): return x\nclass Step:\n    def __call__(self, x): return x\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "trace", raising=False)
-    import trace
-
+    spec = importlib.util.spec_from_file_location("trace", tmp_path / "trace.py")
+    trace = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "trace", trace)
+    spec.loader.exec_module(trace)
     assert stranger(trace.step) == stranger(trace.Step()) == str(tmp_path / "trace.py")
-    monkeypatch.delitem(sys.modules, "trace")
     assert stranger(math.sin) == stranger(contextlib.nullcontext) == stranger(warnings.warn) == ""

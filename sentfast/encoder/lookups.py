@@ -234,9 +234,9 @@ def stranger(value: Any) -> str:
     """Where the code of somebody else comes from that runs behind a function, a descriptor; "" for none."""
     while _place_inside(value):
         # A class of somebody else's may have been made for a function of PyTorch's, as an autograd.Function is.
-        owner = getattr(value, "__self__", None) if isinstance(value, types.MethodType) else None
-        if owner is not None and not _known(_module_of(owner if isinstance(owner, type) else type(owner))):
-            return _module_of(owner if isinstance(owner, type) else type(owner))
+        home = _module_of(_class_of(value.__self__)) if isinstance(value, types.MethodType) else ""
+        if home and not _known(home):
+            return home
         value = _inside(value)
     if isinstance(value, type) or not (callable(value) or hasattr(type(value), "__get__")):
         return ""
@@ -250,10 +250,14 @@ def _known(home: str) -> bool:
     return home.partition(".")[0] in _KNOWN
 
 
+def _class_of(owner: Any) -> type:
+    return owner if isinstance(owner, type) else type(owner)
+
+
 def _module_of(cls: type) -> str:
     """The module of a class; the file of one that only has the name of a module of Python."""
-    names = vars(sys.modules.get(cls.__module__, types))
-    return _in_python(cls.__module__, names.get("__file__")) or cls.__module__
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return _in_python(cls.__module__, file) or cls.__module__
 
 
 def _in_python(name: str, file: str | None) -> str:
@@ -290,7 +294,7 @@ def _home(function: Any) -> str:
         return (_in_python(name, names.get("__file__")) or name) if same else file
     if isinstance(function, types.BuiltinFunctionType):
         owner = function.__self__
-        inside = owner if isinstance(owner, type) else type(owner)
+        inside = _class_of(owner)
         return str(
             function.__module__ or (owner.__name__ if isinstance(owner, types.ModuleType) else inside.__module__)
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,9 +42,7 @@ def _verify(model: nn.Module, parts: Parts, runs: list[tuple[torch.dtype, Run]])
     run: from int32 ids, cu_seqlens, token types and positions, both or None, on the CPU to token embeddings [T, H].
     """
     with uncounted(), private.InferenceMode(False), torch.no_grad(), private.WithoutAutocast():
-        copy = twin(model)
-        if "pooler" in vars(copy)["_modules"]:
-            copy.pooler = None  # it runs as it is
+        copy = _twin_without_pooler(model)
         tried = [_ragged(parts), _last_positions(parts)]
         if "position_ids" not in inspect.signature(type(model).forward).parameters:
             tried.pop()
@@ -76,7 +74,7 @@ def try_encoders(model: nn.Module, parts: Parts, tried: list[Any]) -> Refusal | 
 
 def try_steps(model: nn.Module) -> Refusal | None:
     """The same for the steps that a training runs, on the twin's modules, which drop nothing."""
-    own = _with_leaves(twin(model))
+    own = _with_leaves(_twin_without_pooler(model))
     parts = examine(own)
     if isinstance(parts, Refusal):
         return _told(model, parts)
@@ -97,13 +95,13 @@ def _verify_gradients(model: nn.Module, parts: Parts, own: nn.Module, run: Run) 
     own: whose parts are `parts`.
     """
     with uncounted(), private.InferenceMode(False), private.WithoutAutocast(), torch.enable_grad(), unseen():
-        copy = _with_leaves(twin(model))
+        copy = _with_leaves(_twin_without_pooler(model))
         inputs = _ragged(parts)
         try:
-            expected = _gradients(copy, _original(copy, parts, inputs))
+            expected = gradients([_original(copy, parts, inputs)], _leaves(copy))
         except Exception as error:
             return Refusal("SF129", f"the original code does not go backward: {type(error).__name__}: {error}")
-        worst = _gradient_difference(_gradients(own, run(*inputs)), expected)
+        worst = _gradient_difference(gradients([run(*inputs)], _leaves(own)), expected)
     allowed = ALLOWED_OF_GRADIENT[parts.dtype]
     # NaN in the original's would be in ours, and then decides nothing.
     if not worst > allowed:
@@ -113,8 +111,6 @@ def _verify_gradients(model: nn.Module, parts: Parts, own: nn.Module, run: Run) 
 
 def _with_leaves(copy: Any) -> Any:
     """A twin whose parameters are its own, around the same memory; biases, norms, small tables require a gradient."""
-    if "pooler" in vars(copy)["_modules"]:
-        copy.pooler = None  # it runs as it is
     known: dict[int, nn.Parameter] = {}
     for module in copy.modules():
         for name, x in module._parameters.items():
@@ -125,13 +121,17 @@ def _with_leaves(copy: Any) -> Any:
     return copy
 
 
-def _gradients(copy: nn.Module, output: Tensor) -> list[Tensor | None]:
-    """Of the leaves of :func:`_with_leaves`; None where nothing comes."""
-    leaves = [x for x in copy.parameters() if x.requires_grad]
-    if not output.requires_grad:
+def _leaves(copy: nn.Module) -> list[Tensor]:
+    return [x for x in copy.parameters() if x.requires_grad]
+
+
+def gradients(outputs: Iterable[Tensor], leaves: list[Tensor]) -> list[Tensor | None]:
+    """Of the sum of all numbers of the outputs, each with a weight of its own; None where nothing comes."""
+    found = [x for x in outputs if x.requires_grad]
+    if not found:
         return [None] * len(leaves)
-    weights = torch.arange(1, output.numel() + 1, device=output.device).view(output.shape).sin().to(output.dtype)
-    return list(torch.autograd.grad(output, leaves, weights, allow_unused=True))
+    weights = [torch.arange(1, x.numel() + 1, device=x.device).view(x.shape).sin().to(x.dtype) for x in found]
+    return list(torch.autograd.grad(found, leaves, weights, allow_unused=True))
 
 
 def _gradient_difference(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
@@ -172,6 +172,13 @@ def twin(module: nn.Module, known: dict[int, nn.Module] | None = None) -> Any:
     }
     space["training"] = False
     return made
+
+
+def _twin_without_pooler(model: nn.Module) -> Any:
+    copy = twin(model)
+    if "pooler" in vars(copy)["_modules"]:
+        copy.pooler = None  # it runs as it is
+    return copy
 
 
 def _ragged(parts: Parts) -> _Inputs:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sentfast import private, switch
-from sentfast.encoder.verify import twin, unseen
+from sentfast.encoder.verify import gradients, twin, unseen
 from sentfast.integrations import loss_proofs
 from sentfast.integrations.modules import MODE_FLAGS
 from sentfast.integrations.versions import Version
@@ -74,10 +74,8 @@ def _with_gradient(function: Callable, given: tuple) -> Any:
         value = _result(function(*_copied(given)))  # not the leaves themselves, which nobody may write into
         if isinstance(value, str):
             return value
-        outputs = [x for x in _tensors(value) if x.requires_grad]
-        weights = [torch.arange(1, x.numel() + 1, device="cpu").view(x.shape).sin().to(x.dtype) for x in outputs]
-        gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True) if outputs else leaves[:0]
-    return [value, [torch.zeros_like(x) if y is None else y for x, y in itertools.zip_longest(leaves, gradients)]]
+        found = gradients(_tensors(value), leaves)
+    return [value, [torch.zeros_like(x) if y is None else y for x, y in zip(leaves, found, strict=True)]]
 
 
 def _told(name: str, detail: str) -> str:
