@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -92,6 +94,19 @@ def test_retrieval_evaluator_takes_embeddings_of_the_corpus(path):
     embeddings = torch.stack([model.table[text] for text in evaluator.corpus])
     ours, stock = both_of_texts(lambda: method(model, corpus_embeddings=embeddings))
     assert str(ours) == str(stock)
+
+
+def test_the_progress_bar_is_the_one_that_the_module_has(path, capsys, monkeypatch):
+    """Somebody may have put another in its place."""
+    evaluator, model = retrieval(path, corpus_chunk_size=7, show_progress_bar=True)
+    home = sys.modules[type(evaluator).__module__]
+    monkeypatch.setattr(home, "trange", functools.partial(home.trange, ascii=True, unit="chunk"))
+    shown = []
+    for context in (nullcontext(), sentfast.disabled()):
+        with context:
+            evaluator(model)
+        shown.append(capsys.readouterr().err.rpartition("\r")[2].partition("[")[0])
+    assert shown[0] == shown[1] and "##" in shown[0]
 
 
 @pytest.mark.parametrize("what", ["float64", "NaN", "another function", "ids that do not compare"])

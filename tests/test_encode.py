@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
+import sys
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -262,17 +264,33 @@ def test_tokens_per_batch_are_bounded(makers, monkeypatch):
 
 
 @needs_fused
-def test_progress_bar(makers, capsys):
+@pytest.mark.parametrize("style", [{}, {"ascii": True, "unit": "batch"}])
+def test_progress_bar(style, makers, capsys, monkeypatch):
+    """Also one that somebody has put in the place of sentence-transformers' own."""
     model = makers["bert"]()
+    home = sys.modules[SentenceTransformer.__module__]
+    monkeypatch.setattr(home, "trange", functools.partial(home.trange, **style) if style else home.trange)
     for arguments in ({}, {"batch_size": 5}):
         shown = []
-        for context in (sentfast.disabled(), nullcontext()):
+        for context in (sentfast.disabled(), ran("encoder")):
             with context:
                 model.encode(TEXTS * 9, show_progress_bar=True, **arguments)
             shown.append(capsys.readouterr().err.strip().rpartition("\r")[2].partition("[")[0])
         assert shown[0] == shown[1] and "Batches" in shown[0]
     model.encode(TEXTS)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_prompts_are_counted_as_in_the_original(include_prompt, makers):
+    """It remembers how long a prompt is, whatever is changed about the model later."""
+    mappings = []
+    for context in (sentfast.disabled(), nullcontext()):
+        model = makers["bert"](prompts=PROMPTS, include_prompt=include_prompt)
+        with context:
+            model.encode(TEXTS, prompt_name="query")
+        mappings.append(model[0]._prompt_length_mapping)
+    assert mappings[0] == mappings[1] != {}
 
 
 @needs_fused

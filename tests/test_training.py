@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import sentfast
 from sentfast import native
+from sentfast.encoder.verify import _gradient_difference
 
 pytestmark = pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
 
@@ -367,3 +369,22 @@ def test_gradients_lie_in_memory_of_their_own(model_type):
     storages = [x.untyped_storage() for x in found.values()]
     assert {name for name, x in found.items() if x.untyped_storage().nbytes() != x.nbytes} == set()
     assert len({x.data_ptr() for x in storages}) == len(storages)
+
+
+def test_a_trial_of_gradients_sees_what_is_not_finite() -> None:
+    """Where the original's has overflowed nothing is decided; where ours alone has, they differ without end."""
+
+    def one_below(count: int) -> int:
+        return int(torch.randint(count, ()))
+
+    expected = [torch.randn(1 + one_below(5)), None, torch.randn(2 + one_below(8), 3)]
+    near = [None if x is None else x + 1e-6 for x in expected]
+    assert _gradient_difference(near, expected) < 1e-4
+    for value in (math.nan, math.inf, -math.inf):
+        place = one_below(2) * 2
+        spoiled = [None if x is None else x.clone() for x in near]
+        spoiled[place].view(-1)[one_below(spoiled[place].numel())] = value
+        assert _gradient_difference(spoiled, expected) == math.inf
+        assert _gradient_difference(expected, spoiled) < 1e-4
+    assert _gradient_difference([None], [torch.full((2,), math.nan)]) == 0
+    assert _gradient_difference([torch.ones(2)], [None]) > 1e3

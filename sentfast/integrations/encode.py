@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,7 +139,8 @@ def inference(
         else:
             plan = Plan(rows, TOKENS, _WINDOW, device)
         try:
-            return _run(tokenizer, inputs, plan, steps, operator.index(batch_size) if show_progress_bar else 0)
+            bar = partial(_shown, version, operator.index(batch_size)) if show_progress_bar else None
+            return _run(tokenizer, inputs, plan, steps, bar)
         except _UnfitError as unfit:
             return unfit.args[0]
         except shells.NoCopyError:
@@ -186,7 +189,9 @@ def _steps(
     found: Pipeline, prompt: str | None, normalize_embeddings: bool, truncate_dim: int | None
 ) -> Callable[[Batch], Tensor]:
     """From a batch to its embeddings."""
-    excluded = tokenize.prompt_length(found.transformer, prompt) if prompt and found.excludes_prompt else 0
+    # Asked where it is not used as well: the original remembers it for later calls.
+    counted = tokenize.prompt_length(found.transformer, prompt) if prompt else 0
+    excluded = counted if found.excludes_prompt else 0
     longest = found.encoder.max_length
     last = normalize_embeddings and truncate_dim is None and not found.tail
     fused = found.normalizes or last
@@ -222,21 +227,21 @@ def _run(
     texts: list,
     plan: Plan,
     steps: Callable[[Batch], Tensor],
-    progress_step: int,
+    bar: Callable[[int], Callable[[int], None]] | None,
 ) -> Tensor:
-    """progress_step: texts per step of the progress bar, 0 for none."""
-    if len(texts) <= min(_AT_ONCE, plan.rows) and not progress_step:
+    """bar: from the number of texts to what is told how many of them are done; None: nothing is shown."""
+    if len(texts) <= min(_AT_ONCE, plan.rows) and bar is None:
         tokens = tokenizer(texts)
         if len(texts) == 1 or tokens.lengths.sum() <= plan.tokens:
             x = _compact(steps(_whole(tokens)))
             return x.cpu() if plan.fetched else x
-        return _fill(len(texts), iter([(0, tokens)]), plan, steps, _no_progress)
+        return _fill(len(texts), iter([(0, tokens)]), plan, steps, _not_shown)
     windows = tokenizer.windows(texts, itertools.chain([_FIRST_WINDOW], itertools.repeat(plan.window)))
-    with _progress(len(texts), progress_step) as advance:
-        if len(texts) <= _AT_ONCE:
-            return _fill(len(texts), filter(None, windows), plan, steps, advance)
-        with closing(ahead(windows)) as windows:
-            return _fill(len(texts), windows, plan, steps, advance)
+    advance = _not_shown if bar is None else bar(len(texts))
+    if len(texts) <= _AT_ONCE:
+        return _fill(len(texts), filter(None, windows), plan, steps, advance)
+    with closing(ahead(windows)) as windows:
+        return _fill(len(texts), windows, plan, steps, advance)
 
 
 def _fill(
@@ -301,24 +306,21 @@ def _batch(rows: np.ndarray, ids: np.ndarray, types: np.ndarray | None, lengths:
     )
 
 
-def _no_progress(count: int) -> None:
+def _not_shown(count: int) -> None:
     pass
 
 
-@contextmanager
-def _progress(count: int, step: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that counts batches of `step` texts, as the original's does; none for 0."""
-    if not step:
-        yield _no_progress
-        return
-    from tqdm.autonotebook import tqdm
-
+def _shown(version: Version, step: int, count: int) -> Callable[[int], None]:
+    """The original's progress bar, by its own name for it, which somebody may have replaced; a step is `step` texts."""
+    bar = iter(sys.modules[version.model].trange(0, count, step, desc="Batches", disable=False))
+    next(bar, None)
     done = 0
-    with tqdm(total=-(-count // step), desc="Batches") as bar:
 
-        def advance(texts: int) -> None:
-            nonlocal done
-            done += texts
-            bar.update((bar.total if done == count else done // step) - bar.n)
+    def advance(texts: int) -> None:
+        nonlocal done
+        before, done = done, done + texts
+        # The last step is the end of the iteration, where the bar closes.
+        for _ in range(-(-count // step) - before // step if done == count else done // step - before // step):
+            next(bar, None)
 
-        yield advance
+    return advance
