@@ -60,6 +60,7 @@ struct SearchScan {
 
 struct SearchHit {
   uint32_t query, row;
+  float bound;  // of the score, in units of the query; NaN: none
 };
 
 struct SearchExact {

@@ -259,12 +259,15 @@ struct Bf16Step : Fp32Step {
   }
 };
 
+constexpr int64_t kTileWidth = int64_t{Vec::tile_vectors} * Vec::lanes;  // columns
+
 // The pairs of query q whose bounds exceed its limit, from their sums with the columns of a tile.
 SENTFAST_INLINE inline SearchHit* choose(const SearchScan& p, int64_t q, int64_t column, const float* sums,
                                          SearchHit* hits) {
   const Vec norm = Vec::fill(p.norm[q]), error = Vec::fill(p.error[q]), center = Vec::fill(p.center[q]);
   const Vec tilt = Vec::fill(p.tilt[q]), limit = Vec::fill(p.limit[q]);
   uint64_t found = 0;
+  Vec bounds[Vec::tile_vectors];
 #pragma GCC unroll 8
   for (int j = 0; j < Vec::tile_vectors; ++j) {
     const float* first = p.factors + column + j * Vec::lanes;
@@ -275,9 +278,15 @@ SENTFAST_INLINE inline SearchHit* choose(const SearchScan& p, int64_t q, int64_t
     if (p.square != nullptr) bound = Vec::fma(Vec::fill(p.square[q]), factor(kSearchSquare), bound);
     bound = Vec::fma(Vec::load(sums + j * Vec::lanes), factor(kSearchScale), bound);
     found |= static_cast<uint64_t>(Vec::bits(Vec::above(bound, limit))) << (j * Vec::lanes);
+    bounds[j] = bound;
   }
+  if (found == 0) return hits;
+  float bound[kTileWidth];
+#pragma GCC unroll 8
+  for (int j = 0; j < Vec::tile_vectors; ++j) bounds[j].store(bound + j * Vec::lanes);
   for (; found != 0; found &= found - 1) {
-    *hits++ = {p.number[q], static_cast<uint32_t>(p.row + column + __builtin_ctzll(found))};
+    const int at = __builtin_ctzll(found);
+    *hits++ = {p.number[q], static_cast<uint32_t>(p.row + column + at), bound[at]};
   }
   return hits;
 }
@@ -304,25 +313,24 @@ SENTFAST_INLINE inline SearchHit* scan_tile(const SearchScan& p, int64_t first, 
       for (int j = 0; j < V; ++j) sum[i][j] = Step::multiply_add(x, codes[j], sum[i][j]);
     }
   }
-  // Through memory: what follows has branches, for which the compiler would keep the sums there all along.
-  constexpr int width = V * Vec::lanes;
-  float sums[R * width];
+  // Through memory: `choose` has branches, for which the compiler would keep the sums there all along.
+  float sums[R * kTileWidth];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) Step::value(sum[i][j]).store(sums + i * width + j * Vec::lanes);
+    for (int j = 0; j < V; ++j) Step::value(sum[i][j]).store(sums + i * kTileWidth + j * Vec::lanes);
   }
-  for (int i = 0; i < R; ++i) hits = choose(p, first + i, column, sums + i * width, hits);
+  for (int i = 0; i < R; ++i) hits = choose(p, first + i, column, sums + i * kTileWidth, hits);
   return hits;
 }
 
 template <class Step>
 inline int64_t scan(const SearchScan& p, SearchHit* hits) {
-  constexpr int64_t rows = Vec::tile_rows, columns = Vec::tile_vectors * Vec::lanes;
+  constexpr int64_t rows = Vec::tile_rows;
   SearchHit* const begin = hits;
   for (int64_t q = 0; q < p.count; q += rows) {
     const int64_t left = p.count - q < rows ? p.count - q : rows;
-    for (int64_t column = 0; column < kSearchPanel; column += columns) {
+    for (int64_t column = 0; column < kSearchPanel; column += kTileWidth) {
       gemm::with_rows(left,
                       [&](auto n) SENTFAST_INLINE { hits = scan_tile<Step, decltype(n)::value>(p, q, column, hits); });
     }

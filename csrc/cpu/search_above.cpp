@@ -8,6 +8,7 @@ namespace {
 
 // What pairs and counts have in common: a fixed limit, and perhaps only rows after the query's own.
 struct Above {
+  static constexpr bool rises = false;
   const float* lowest;  // of the block
   int64_t own;          // the row that the block's first query is, or far below 0
   float exclusive(uint32_t q) const { return below(lowest[q]); }

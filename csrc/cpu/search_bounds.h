@@ -144,13 +144,14 @@ struct SearchPass {
   void set_base(double weight, int64_t metric, double rounding) {
     if (weight == base) return;
     base = weight;
-    const double curve = metric == kEuclidean ? weight * weight : 0;
+    for (size_t n = 0; n < aim.size(); ++n) limit[n] = limit_of(static_cast<int64_t>(n), weight, metric, rounding);
+  }
+  float limit_of(int64_t n, double weight, int64_t metric, double rounding) const {
     constexpr double most = std::numeric_limits<float>::max();
-    for (size_t n = 0; n < aim.size(); ++n) {
-      const double moved = weight * shift[n], bent = curve * bend[n], x = aim[n] - moved + bent;
-      const double slack = rounding * (std::fabs(aim[n]) + std::fabs(moved) + bent) + std::fabs(x) * 0x1p-22 + 1e-37;
-      limit[n] = static_cast<float>(std::min(std::max(x - slack, -most), most));
-    }
+    const double curve = metric == kEuclidean ? weight * weight : 0;
+    const double moved = weight * shift[n], bent = curve * bend[n], x = aim[n] - moved + bent;
+    const double slack = rounding * (std::fabs(aim[n]) + std::fabs(moved) + bent) + std::fabs(x) * 0x1p-22 + 1e-37;
+    return static_cast<float>(std::min(std::max(x - slack, -most), most));
   }
 };
 

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "search_bounds.h"
@@ -32,7 +34,8 @@ struct SearchStatistics {
   }
 };
 
-// Reducer: exclusive(q): only scores above it can enter; open(q): everything can; offer(q, row, score).
+// Reducer: exclusive(q): only scores above it, or equal to it in an earlier row, can enter; open(q): everything can;
+// offer(q, row, score). rises: `exclusive` does, and rows may be offered in any order.
 template <class Reducer>
 class SearchScanner {
  public:
@@ -56,6 +59,7 @@ class SearchScanner {
       norms_.push_back(search_divisor(q.norm, queries.dim));
     }
     survivors_.resize(count);
+    place_.resize(count);
     exact_ = {rows_, corpus_.rows, corpus_.metric, norms_.data()};
   }
 
@@ -80,6 +84,8 @@ class SearchScanner {
   enum Level { kCodes, kFloats, kExact };
   static constexpr int64_t kLongestStep = 1024;
   static constexpr int64_t kHits = 1 << 16;
+  static constexpr int64_t kChunk = 8;  // hits of a query, before its limit is looked at again
+  static constexpr float kNoBound = std::numeric_limits<float>::infinity();
   static constexpr int64_t kFewQueries = 12;  // below, a panel of floats is not worth making
 
   struct Query : SearchQuery {
@@ -126,6 +132,7 @@ class SearchScanner {
     pass_.resize(count, words);
     for (int64_t n = 0; n < count; ++n) {
       const Query& q = queries_[list[n]];
+      place_[list[n]] = n;
       uint32_t* to = &pass_.codes[n * words];
       SearchCodes codes = q.codes;
       if (level == base_) {
@@ -156,6 +163,8 @@ class SearchScanner {
     // Each step of a sum of floats is rounded once or twice.
     const double sums = format == kSearchInt8 ? 0 : static_cast<double>(rows_.dim + 16) * 0x1p-23;
     int64_t found = 0;
+    bases_.clear();
+    pass_begin_ = begin;
     for (int64_t row = begin; row < end; row += kSearchPanel) {
       const int64_t rows = std::min(kSearchPanel, end - row);
       const int64_t panel = row / kSearchPanel;
@@ -163,11 +172,12 @@ class SearchScanner {
       p.panel = level == kCodes ? corpus_.codes + panel * words_ * kSearchPanel : float_panel(row, rows);
       const float* packed = level == kCodes ? corpus_.factors + panel * kSearchFactors * kSearchPanel : float_factors_;
       const double base = search_factors(corpus_.metric, packed, rows, rows_.dim, sums, factors);
+      bases_.push_back(base);
       // As many queries at a time as the space for hits allows.
       for (int64_t first = 0; first < count;) {
         int64_t room = (kHits - found) / kSearchPanel;
         if (room < std::min(count - first, kHits / kSearchPanel / 2)) {
-          flush(found, end);
+          flush(list, found, end);
           found = 0;
           room = kHits / kSearchPanel;
           renew_limits(list);
@@ -187,7 +197,7 @@ class SearchScanner {
         first += p.count;
       }
     }
-    flush(found, end);
+    flush(list, found, end);
   }
 
   // Rows become floats relative to the center, and their factors those of such codes.
@@ -213,20 +223,65 @@ class SearchScanner {
     }
   }
 
-  void flush(int64_t found, int64_t end) {
+  // The hits of rows below `end`.
+  void flush(const std::vector<uint32_t>& list, int64_t found, int64_t end) {
+    SearchHit* hits = hits_.get();
+    found = std::remove_if(hits, hits + found, [end](const SearchHit& hit) { return hit.row >= end; }) - hits;
+    if constexpr (Reducer::rises) {
+      best_first(list, found);
+    } else {
+      score(hits, found);
+    }
+  }
+
+  void score(const SearchHit* hits, int64_t count) {
     constexpr int64_t chunk = 256;
     float scores[chunk];
-    found = std::remove_if(hits_.get(), hits_.get() + found, [end](SearchHit h) { return h.row >= end; }) - hits_.get();
-    statistics_.scored += found;
-    for (int64_t first = 0; first < found; first += chunk) {
-      const int64_t count = std::min(chunk, found - first);
-      const SearchHit* hits = hits_.get() + first;
-      kernel_.pairs(exact_, hits, count, scores);
-      for (int64_t i = 0; i < count; ++i) {
-        ++survivors_[hits[i].query];
-        take(hits[i].query, hits[i].row, scores[i]);
+    statistics_.scored += count;
+    for (int64_t first = 0; first < count; first += chunk) {
+      const int64_t some = std::min(chunk, count - first);
+      kernel_.pairs(exact_, hits + first, some, scores);
+      for (int64_t i = 0; i < some; ++i) {
+        const SearchHit& hit = hits[first + i];
+        ++survivors_[hit.query];
+        take(hit.query, hit.row, scores[i]);
       }
     }
+  }
+
+  // The scores of a query's best bounds raise its limit, which leaves out most of the others.
+  void best_first(const std::vector<uint32_t>& list, int64_t found) {
+    const SearchHit* hits = hits_.get();
+    ends_.assign(list.size() + 1, 0);
+    for (int64_t i = 0; i < found; ++i) ++ends_[place_[hits[i].query] + 1];
+    std::partial_sum(ends_.begin(), ends_.end(), ends_.begin());
+    ordered_.resize(found);
+    std::vector<int64_t>& next = ends_;  // becomes the end of each
+    for (int64_t i = 0; i < found; ++i) ordered_[next[place_[hits[i].query]]++] = hits[i];
+    const auto key = [](const SearchHit& hit) { return hit.bound == hit.bound ? hit.bound : kNoBound; };
+    int64_t begin = 0;
+    for (size_t n = 0; n < list.size(); begin = ends_[n++]) {
+      SearchHit* own = ordered_.data() + begin;
+      const int64_t count = ends_[n] - begin;
+      if (count > kChunk) {
+        std::sort(own, own + count, [&](const SearchHit& a, const SearchHit& b) { return key(a) > key(b); });
+      }
+      score(own, std::min(count, kChunk));
+      for (int64_t first = kChunk; first < count; first += kChunk) {
+        score(own + first, still_above(static_cast<int64_t>(n), list[n], own + first, std::min(kChunk, count - first)));
+      }
+    }
+  }
+
+  // The hits of a query, to the front, that are above its limit as it is by now; a score that is equal to the k-th may
+  // still be that of an earlier row.
+  int64_t still_above(int64_t n, uint32_t number, SearchHit* hits, int64_t count) {
+    pass_.set_aim(n, queries_[number], corpus_.metric, std::nextafter(reducer_.exclusive(number), -kNoBound));
+    const auto below = [&](const SearchHit& hit) {
+      const double base = bases_[(hit.row - pass_begin_) / kSearchPanel];
+      return hit.bound <= pass_.limit_of(n, base, corpus_.metric, search_error(rows_.dim));
+    };
+    return std::remove_if(hits, hits + count, below) - hits;
   }
 
   void score_all(int64_t begin, int64_t end) {
@@ -286,6 +341,10 @@ class SearchScanner {
   std::vector<uint32_t> codes_, survivors_;
   std::vector<uint32_t> coded_, floated_, scored_;
   SearchPass pass_;
+  int64_t pass_begin_ = 0;
+  std::vector<double> bases_;          // of the panels of a pass
+  std::vector<int64_t> place_, ends_;  // of the queries in the pass's list, of their hits
+  std::vector<SearchHit> ordered_;
   std::vector<uint32_t> lines_, panel_;
   float float_factors_[kSearchFactors * kSearchPanel];
   SearchStatistics statistics_;

@@ -23,6 +23,7 @@ struct TopKWishes {
 // The best of a block of queries from `first` on: a heap each, the worst in front.
 class TopKBlock {
  public:
+  static constexpr bool rises = true;
   TopKBlock(const TopKWishes& wishes, int64_t first, int64_t count, int64_t rows)
       : wishes_(wishes), first_(first), room_(std::min(wishes.k, rows)), entries_(count * room_), sizes_(count, 0) {
     for (int64_t i = 0; i < count; ++i) {

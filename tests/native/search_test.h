@@ -22,6 +22,7 @@ inline double true_score(const float* q, const float* k, int64_t dim, int64_t me
 
 // Keeps every score above a fixed limit.
 struct Kept {
+  static constexpr bool rises = false;
   float limit;
   std::vector<std::vector<std::pair<int64_t, float>>> found;
   float exclusive(uint32_t) const { return limit; }
@@ -45,8 +46,8 @@ struct PackedRows {
         center(random<float>(dim)) {
     const SearchKernels& kernel = kernels().search;
     if (integer(0, 1) == 0) std::copy_n(rows.get(), dim, center.get());
-    const double length = kernel.norm(center.get(), dim);
-    for (int64_t d = 0; d < dim; ++d) center[d] = static_cast<float>(center[d] / length * 0.999);
+    const double length = kernel.norm(center.get(), dim), wanted = integer(0, 2) == 0 ? 0 : 0.999;
+    for (int64_t d = 0; d < dim; ++d) center[d] = static_cast<float>(center[d] / length * wanted);
     const double square = kernel.product(center.get(), center.get(), dim);
     for (int64_t first = 0; first < count; first += kSearchPanel) {
       const int64_t size = std::min(kSearchPanel, count - first);
@@ -78,8 +79,15 @@ struct PackedRows {
 };
 
 inline void test_search() {
-  const int64_t count = integer(1, 300), dim = integer(1, 90), stride = dim + integer(0, 3), queries = integer(1, 40);
+  // Long enough for queries to change to coarse codes, now and then.
+  const bool is_long = integer(0, 7) == 0;
+  const int64_t count = is_long ? integer(2000, 6000) : integer(1, 300), queries = integer(1, is_long ? 8 : 40);
+  const int64_t dim = integer(1, 90), stride = dim + integer(0, 3);
   const Buffer<float> rows = random<float>((count - 1) * stride + dim), some = random<float>(queries * dim);
+  if (integer(0, 3) == 0) {  // codes and sums of codes as large as they can be
+    for (int64_t i = 0; i < (count - 1) * stride + dim; ++i) rows[i] = rows[i] > 0 ? 1.0f : -1.0f;
+    for (int64_t i = 0; i < queries * dim; ++i) some[i] = some[i] > 0 || integer(0, 1) == 0 ? 1.0f : -1.0f;
+  }
   const int64_t metric = integer(kCosine, kEuclidean);
   const auto format = static_cast<SearchFormat>(integer(kSearchInt8, kSearchFp32));
   const PackedRows packed(format == kSearchFp32 ? kSearchInt8 : format, rows, count, dim, stride);
@@ -87,10 +95,14 @@ inline void test_search() {
                          packed.center.get()};
   if (format == kSearchFp32) corpus.codes = nullptr, corpus.factors = corpus.center = nullptr;
   Kept kept;
-  kept.limit =
-      integer(0, 5) == 0
-          ? -INFINITY
-          : static_cast<float>(true_score(some.get(), rows.get() + integer(0, count - 1) * stride, dim, metric));
+  kept.limit = -INFINITY;
+  if (integer(0, 5) != 0) {  // the best of some, so that few are above it where the scan is long
+    for (int64_t n = integer(1, is_long ? 2000 : 3); n > 0; --n) {
+      const float* query = some.get() + integer(0, queries - 1) * dim;
+      const double score = true_score(query, rows.get() + integer(0, count - 1) * stride, dim, metric);
+      kept.limit = std::fmax(kept.limit, static_cast<float>(score));
+    }
+  }
   kept.found.resize(static_cast<size_t>(queries));
   const bool small_first = integer(0, 1) == 0;
   in_threads(queries, [&](int64_t begin, int64_t end) {
