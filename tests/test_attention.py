@@ -83,6 +83,25 @@ def test_any_head_size(backend: Backend) -> None:
 
 
 @every_backend
+def test_scores_of_any_size(backend: Backend) -> None:
+    """What is common to them goes before the exponential; its rounding is larger than any exponent."""
+    for exponent in (torch.rand(3) * 24 + 6).tolist():
+        lengths, heads = torch.randint(1, 70, (3,)).tolist(), 2
+        sign = float(torch.randint(2, ()) * 2 - 1)
+        bias = sign * 10**exponent * (1 + torch.randint(3, (heads, 2 * max(lengths) - 1)) / 8)
+        qkv = torch.randn(sum(lengths), 3, heads, 16)
+        qkv[:, 0] = 0  # so the scores are the bias, and exact
+        tensors = [x.to(backend.device) for x in (qkv, bias)]
+        ends = lengths_of(*lengths).to(backend.device)
+        with backend.forced("varlen_attention"):
+            result = F.varlen_attention_qkvpacked(tensors[0], ends, bias=tensors[1])
+        with registry.use_backend("reference"):
+            eager = F.varlen_attention_qkvpacked(tensors[0], ends, bias=tensors[1])
+            exact = F.varlen_attention_qkvpacked(tensors[0].double(), ends, bias=tensors[1].double())
+        assert_accurate(result, eager, exact, size=qkv.abs().max().item(), what=f"1e{exponent:.1f}, {lengths}")
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_mask_is_that_of_the_definition(backend: Backend, dtype: torch.dtype) -> None:
     """With equal scores and unit vectors as values the result is the mask."""

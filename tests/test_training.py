@@ -15,6 +15,7 @@ from accuracy import assert_accurate
 from torch import Tensor, nn
 
 import sentfast
+from sentfast import functional as F
 from sentfast import native
 from sentfast.encoder.verify import _gradient_difference
 
@@ -322,6 +323,49 @@ def test_steps_of_an_optimiser() -> None:
         result = ours.eval()(**inputs)[0]
     used = inputs["attention_mask"].bool()
     torch.testing.assert_close(result[used], encoders.stock(stock.eval(), **inputs)[0][used], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", encoders.MODEL_TYPES)
+def test_a_backward_pass_reads_the_weights_of_its_forward_pass(model_type: str) -> None:
+    """As in PyTorch also where ``p.data`` was given other memory in between: noise that is taken back, means of
+    weights, two losses before their steps. (A layer norm reads its weight from the parameter, there and here.)"""
+    model = trained(model_type)
+    inputs, weights = encoders.batch(LENGTHS), torch.randn(sum(LENGTHS), 32)
+    used, parameters = inputs["attention_mask"].bool(), dict(model.named_parameters())
+    names = [name for name in parameters if "pooler" not in name]
+    frozen = parameters[names[int(torch.randint(len(names), ()))]].requires_grad_(False)
+    drawn = [[names[int(i)]] for i in torch.randperm(len(names))[:5]]
+    for changed in (names, *drawn):
+        found = []
+        for context in (packed(), sentfast.disabled()):
+            before = {name: parameters[name].data for name in changed}
+            with context:
+                model.zero_grad()
+                hidden = model(**inputs).last_hidden_state[used]
+                for name in changed:
+                    parameters[name].data = before[name] * 1.5 + 0.1
+                (hidden.double() * weights).sum().backward()
+            for name in changed:
+                parameters[name].data = before[name]
+            found.append({name: x.grad.clone() for name, x in parameters.items() if x.grad is not None})
+        size = max(x.abs().max().item() for x in found[1].values())
+        assert found[0].keys() == found[1].keys() and frozen.grad is None
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-4 * size, msg=f"{name}, {changed}")
+
+
+def test_what_needs_no_gradient_is_not_kept() -> None:
+    """A product of a frozen weight keeps no input; one whose input needs no gradient, no weight."""
+    for frozen, leaf in (("weight", "x"), ("x", "weight")):
+        tensors = {"x": torch.randn(7, 32), "weight": torch.randn(16, 32)}
+        tensors[leaf].requires_grad_(True)
+        y = F.linear(**tensors)
+        kept = [x for x in y.grad_fn.saved_tensors if x is not None]
+        assert [x.data_ptr() for x in kept] == [tensors[frozen].data_ptr()]
+        tensors[leaf].data.zero_()  # read by nobody
+        y.backward(grad := torch.randn(7, 16))
+        expected = grad @ tensors["weight"] if leaf == "x" else grad.t() @ tensors["x"]
+        torch.testing.assert_close(tensors[leaf].grad, expected)
 
 
 def test_the_padding_token_has_no_gradient() -> None:

@@ -120,12 +120,13 @@ Softmax softmax(const float* scores, Element* weights, int64_t first, int64_t be
     }
   });
   const float highest = top.highest();
-  const Vec log2e = Vec::fill(math::kLog2E), offset = Vec::fill(-highest * math::kLog2E);
+  // The difference first: what rounding leaves of highest * log2(e) is large where scores are.
+  const Vec log2e = Vec::fill(math::kLog2E), shift = Vec::fill(highest);
   Vec sum = Vec::zero();
   Element* to = weights + begin;
   for (int64_t d = first; d < begin; ++d) weights[d] = Element{};
   each_vector(count, [&](int64_t d, auto k) SENTFAST_INLINE {
-    const Vec x = only(math::exp2<exact>(Vec::fma(load(from + d, k), log2e, offset)), k);
+    const Vec x = only(math::exp2<exact>((load(from + d, k) - shift) * log2e), k);
     sum = sum + x;
     store(x, to + d, k);
   });

@@ -67,10 +67,18 @@ def side_by_side(*parts: Tensor) -> Tensor:
     return _SideBySide.apply(*parts)
 
 
+def _held(weight: Tensor) -> Tensor:
+    """The memory that the forward pass reads, for the backward pass, also where somebody gives the parameter another
+    (``p.data = ...``) before; PyTorch's own layer keeps a view too."""
+    return weight.view_as(weight) if torch.is_grad_enabled() else weight
+
+
+# What a gradient is not asked for is not kept: it may change, and its memory be used again.
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return _product(x, weight.t(), bias)
 
     @staticmethod
@@ -88,7 +96,9 @@ class _Linear(torch.autograd.Function):
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, total, norm_weight, norm_bias, eps, weight, bias):
-        ctx.save_for_backward(total, norm_weight, norm_bias, weight)
+        needs_x, *_, needs_weight, _ = ctx.needs_input_grad
+        source = (total, norm_weight, norm_bias) if needs_weight else (None, None, None)
+        ctx.save_for_backward(*source, weight if needs_x else None)
         ctx.eps = eps
         return _product(x, weight.t(), bias)
 
@@ -108,7 +118,8 @@ class _NormLinear(torch.autograd.Function):
 class _ActivationLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, x_bias, activation, weight, bias):
-        ctx.save_for_backward(x, x_bias, weight)
+        needs_x, needs_x_bias, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x, x_bias, weight if needs_x or needs_x_bias else None)
         ctx.activation = activation
         return _product(_bias_activation(x, x_bias, activation), weight.t(), bias)
 
@@ -187,7 +198,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None = None, act
         bias = bias.to(accumulation_dtype(x.dtype))
     number = checks.one_of("activation", activation, ACTIVATIONS)
     if checks.needs_function(x, weight) or (bias is not None and checks.needs_function(bias)):
-        return _LinearActivation.apply(x, weight, bias, number)
+        return _LinearActivation.apply(x, _held(weight), None if bias is None else own(bias), number)
     return _linear_activation(x, weight, bias, number)
 
 
@@ -202,14 +213,14 @@ def activation_linear(
     """
     if _fits(x, weight, bias) and (x_bias is None or x_bias.dtype == torch.float32):
         x_bias = None if x_bias is None else own(x_bias)
-        return _ActivationLinear.apply(x, x_bias, ACTIVATIONS.index(activation), weight, bias)
+        return _ActivationLinear.apply(x, x_bias, ACTIVATIONS.index(activation), _held(weight), bias)
     return linear(bias_activation(x, x_bias, activation), weight, bias)
 
 
 def norm_linear(x: Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` of a layer norm's output, which is made again for the gradient instead of kept."""
     if x.source is not None and _fits(x.output, weight, bias):
-        return _NormLinear.apply(x.output, *x.source, weight, bias)
+        return _NormLinear.apply(x.output, *x.source, _held(weight), bias)
     return linear(x.output, weight, bias)
 
 
@@ -234,7 +245,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
             raise TypeError(f"{name}: expected a tensor, got {checks.describe(tensor)}")
     if _fits(x, weight, bias):
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(x, _held(weight), bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
