@@ -184,13 +184,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help='names as printed, with wildcards: "3.13 newest *", "* wheel"')
     parser.add_argument("--keep", type=Path, help="folder in which the environments stay for the next run")
+    parser.add_argument("--python", action="append", help=f"another Python than {' and '.join(PYTHONS)}: 3.14")
     parser.add_argument("--cuda", metavar="ARCHS", help='compile the CUDA library too, for these: "80 90a"')
     options = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         clone = copy_of_sources(folder)
-        for python in PYTHONS:
+        for python in options.python or PYTHONS:
             for packages in SETS:
                 names = {f"{python} {packages} {way}": way for way in WAYS}
                 chosen = [name for name in names if any(fnmatch.fnmatch(name, only) for only in options.only or "*")]
