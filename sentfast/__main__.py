@@ -45,8 +45,16 @@ def diagnose(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
     diagnosis = doctor()
-    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis.text(options.verbose))
+    _print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis.text(options.verbose))
     return diagnosis.exit_code
+
+
+def _print(text: str) -> None:
+    """To a reader that may have gone when it had enough (``| head``): nothing more can reach it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_script(path: str, arguments: Sequence[str]) -> None:

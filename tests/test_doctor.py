@@ -126,6 +126,17 @@ sys.exit(main(["doctor"]))
         assert result.returncode == 0 and "pip install sentence-transformers" in result.stdout, result.stderr
 
 
+def test_a_reader_may_go_when_it_had_enough(tmp_path):
+    """As ``| head`` does, at any line."""
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(sentfast.__file__))}
+    command = [sys.executable, "-m", "sentfast", "doctor", "-v"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("form", ["script", "module"])
 def test_programs_run_under_sentfast(form, tmp_path):
     """Arguments, name, file, path and exit code are those of a plain start."""
