@@ -19,6 +19,12 @@ SANITIZERS = {
 }
 
 
+def same_emulated() -> list[str]:
+    """The tier that is the code of avx512 once its own instruction is emulated with those of avx512."""
+    emulated = emulated_flags(tier_flags(), features_here())
+    return ["avx512_vnni"] if {"avx512", "avx512_vnni"} <= emulated.keys() else []
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the tiers are x86-64 instruction sets")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
@@ -26,11 +32,12 @@ def test_kernels_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     assert shutil.which(compiler), f"{compiler} is needed for these tests"
     # Threads are the same in every tier.
     program = build("main", SANITIZERS[sanitizer], tmp_path, compiler, emulate=sanitizer == "memory")
-    done = subprocess.run([program, "8"], capture_output=True, text=True)
+    done = subprocess.run([program, "8", *same_emulated()], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert " 0 failed" in done.stdout
     if sanitizer == "memory":
-        missing = [tier for tier in tier_flags() if f"{tier} done" not in done.stdout]
+        wanted = set(tier_flags()).difference(same_emulated())
+        missing = [tier for tier in wanted if f"{tier} done" not in done.stdout]
         assert not missing, f"not run, and not emulated either, which takes AVX2: {missing}"
 
 

@@ -66,15 +66,17 @@ void test_head_sizes() {
 
 }  // namespace
 
-// check [ROUNDS [best]]: all instruction sets that there are, or the one that would be chosen.
+// check [ROUNDS [best | TIER]]: all instruction sets that there are, the one that would be chosen, or all but one.
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
   using namespace sentfast::cpu;
-  const bool best = argc > 2;
+  const char* which = argc > 2 ? argv[2] : "";
+  const bool best = std::strcmp(which, "best") == 0;
   const int chosen = static_cast<int>(isa());
   for (int i = 0; i < kIsas; ++i) {
-    if (!isa_supported(static_cast<Isa>(i)) || (best && i != chosen)) continue;
-    set_isa(isa_name(static_cast<Isa>(i)));
+    const char* name = isa_name(static_cast<Isa>(i));
+    if (!isa_supported(static_cast<Isa>(i)) || (best && i != chosen) || std::strcmp(which, name) == 0) continue;
+    set_isa(name);
     test_head_sizes<float>();
     test_head_sizes<BFloat16>();
     for (int round = 0; round < rounds; ++round) {
@@ -86,7 +88,7 @@ int main(int argc, char** argv) {
       check::test_moments();
       check::test_search();
     }
-    std::printf("%s done\n", isa_name(static_cast<Isa>(i)));
+    std::printf("%s done\n", name);
   }
   if (best) std::printf("%s: ", isa_name(static_cast<Isa>(chosen)));
   std::printf("%lld passed, %lld failed\n", static_cast<long long>(check::counts().passed),
