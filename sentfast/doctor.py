@@ -236,7 +236,7 @@ def _backends() -> dict[str, dict[str, str]]:
 
     from sentfast import registry
 
-    cpu = torch.empty(1)
+    cpu = torch.empty(1, device="cpu")
     cuda = torch.empty(1, device="cuda") if torch.cuda.is_available() else None
     table: dict[str, dict[str, str]] = {}
     for name, op in registry.ops.items():
@@ -331,8 +331,9 @@ def _compare(run: Callable, device: str) -> str:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    exact = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 33, 65), (17, 65), (9, 65))]
-    mask = torch.arange(33) < torch.tensor([33, 1, 16, 20]).unsqueeze(1)
+    shapes = (4, 33, 65), (17, 65), (9, 65)
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
+    mask = torch.arange(33, device="cpu") < torch.tensor([33, 1, 16, 20], device="cpu").unsqueeze(1)
     inputs = [value.float() for value in exact]
     x, a, b = (value.double() for value in inputs)
     expected = run(x, mask, a, b)

@@ -90,7 +90,7 @@ def explain(model: Any) -> Explanation:
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    parameter = next(model.parameters(), torch.empty(0))
+    parameter = next(model.parameters(), torch.empty(0, device="cpu"))
     probe = torch.empty(1, dtype=parameter.dtype, device=parameter.device)
     version = _version()
     rows = list(_rows(version, "", model, probe))

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from encode_cases import FUSED, KINDS, PAIRS, PROMPTS, TEXTS, check, needs_fused, ran
 from sentence_transformers import SentenceTransformer, models
@@ -291,6 +292,26 @@ def test_prompts_are_counted_as_in_the_original(include_prompt, makers):
             model.encode(TEXTS, prompt_name="query")
         mappings.append(model[0]._prompt_length_mapping)
     assert mappings[0] == mappings[1] != {}
+
+
+class _Shouting:
+    def normalize(self, text):
+        text.uppercase()
+        text.lowercase()
+
+
+@needs_fused
+@pytest.mark.parametrize("count", [1, 7, 90])
+def test_a_normalizer_written_in_python(count, makers):
+    """It has no text form by which two could be compared, which matters where there are many added tokens."""
+    model = makers["bert"]()
+    model.tokenizer.add_tokens([f"word{i}" for i in range(250)])
+    model[0].auto_model.resize_token_embeddings(len(model.tokenizer))
+    model.tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Normalizer.custom(_Shouting())
+    texts = list(itertools.islice(itertools.cycle(TEXTS), count))
+    with sentfast.disabled():
+        expected = model.encode(texts)
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
 
 
 @needs_fused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import types
 from operator import attrgetter
@@ -502,6 +503,35 @@ def test_a_buffer_without_memory_is_left_to_the_original():
     # An error, or what transformers 4 makes of positions that are nowhere: whatever lies in new memory.
     assert ours is stock or ours.shape == stock.shape
     assert "SF103" in str(sentfast.report())
+
+
+@pytest.mark.parametrize("kind", encoders.MODEL_TYPES)
+def test_a_configuration_that_only_a_layer_has_is_compared(kind):
+    """Copied with the layer, or come with it from another model."""
+    model = sentfast.accelerate(encoders.model(kind))
+    inner = [x for x in model.modules() if x is not model and "config" in vars(x)]
+    if not inner:
+        pytest.skip("no module of it has a configuration")
+    owner = inner[drawn(len(inner))]
+    owner.config = copy.copy(owner.config)
+    entry = module._entry(model)
+    assert entry.structure.same(model)
+    changes = {"_attn_implementation_internal": "another", "initializer_range": 0.7, "something_new": 1}
+    name = list(changes)[drawn(3)]
+    setattr(owner.config, name, changes[name])
+    assert not entry.structure.same(model), name
+
+
+def test_a_copy_that_is_made_in_inference_mode_runs():
+    """Its parameters can require no gradient, and the trial of a training step is for those that can."""
+    original, inputs = encoders.model("bert"), encoders.batch(LENGTHS)
+    with torch.inference_mode():
+        model = copy.deepcopy(original)
+        seen = []
+        model.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+        expected = encoders.stock(hidden, model, inputs)
+        torch.testing.assert_close(hidden(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
 
 
 def test_the_trial_leaves_no_trace():

@@ -431,3 +431,27 @@ def test_a_fork_while_another_thread_holds_every_lock(makers):
     thread.join()
     assert waits(child) == 0
     work()
+
+
+RELOADED = """
+import importlib, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, TESTS)
+import torch
+import sentfast, tiny_models
+old = tiny_models.build(tiny_models.save_base(Path(tempfile.mkdtemp()), "bert"))
+texts = ["the weather", "a query: the passage", "x"]
+with sentfast.disabled():
+    expected = old.encode(texts)
+old.encode(texts)
+home = sys.modules[type(old).__module__]
+importlib.reload(home)
+new = home.SentenceTransformer(modules=list(old), device="cpu")
+for model in (new, old):
+    assert abs(model.encode(texts) - expected).max() < 1e-5
+"""
+
+
+def test_a_class_of_a_module_that_was_loaded_anew_encodes():
+    result = python(RELOADED.replace("TESTS", repr(str(Path(__file__).parent))), PYTHONPATH=str(PACKAGE.parent))
+    assert result.returncode == 0, result.stderr

@@ -368,6 +368,23 @@ def test_what_needs_no_gradient_is_not_kept() -> None:
         torch.testing.assert_close(tensors[leaf].grad, expected)
 
 
+def test_sparse_gradients_of_every_table() -> None:
+    """As SparseAdam needs them."""
+    model = trained("bert")
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = True
+    inputs, weights = encoders.batch(LENGTHS), torch.randn(sum(LENGTHS), 32)
+    with packed():
+        _, got = gradients(model, inputs, weights)
+    with sentfast.disabled():
+        _, plain = gradients(model, inputs, weights)
+    assert got.keys() == plain.keys() and any(x.is_sparse for x in got.values())
+    for name, gradient in got.items():
+        assert gradient.is_sparse == plain[name].is_sparse
+        torch.testing.assert_close(gradient.to_dense(), plain[name].to_dense(), rtol=1e-3, atol=1e-4)
+
+
 def test_the_padding_token_has_no_gradient() -> None:
     """Also where it stands inside a text."""
     model, inputs = trained("bert"), encoders.batch([8, 5])

@@ -34,7 +34,7 @@ def pinned(device: torch.device) -> bool:
 
 def send(values: np.ndarray, device: torch.device, to: Tensor | None = None) -> Tensor:
     """The int32 values on the device, or in the tensor there; what is launched next finds them, and nobody waits."""
-    host = torch.empty(len(values), dtype=torch.int32, pin_memory=pinned(device))
+    host = torch.empty(len(values), dtype=torch.int32, device="cpu", pin_memory=pinned(device))
     host.numpy()[:] = values
     return host.to(device, non_blocking=True) if to is None else to.copy_(host, non_blocking=True)
 

@@ -367,7 +367,7 @@ def _rotary(model: Any, layers: list[Any]) -> tuple[Callable[[torch.Tensor], Any
 
 def _beside(positions: torch.Tensor) -> torch.Tensor:
     """What tells a rotary module dtype and device of its result."""
-    return torch.empty(0, device=positions.device)
+    return torch.empty(0, dtype=torch.float32, device=positions.device)
 
 
 def _check_rotary(names: Iterable[str]) -> None:

@@ -16,6 +16,10 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())).difference(_TABLES)
 
 
+def _is_config(value: Any) -> bool:
+    return any(cls.__name__ in ("PreTrainedConfig", "PretrainedConfig") for cls in type(value).__mro__)
+
+
 class ModelLookups(Lookups):
     """Holds the modules inside the model, never the model itself."""
 
@@ -61,6 +65,8 @@ class ModelLookups(Lookups):
                 self._whole(value, nested=False)
             elif type(value) is list:
                 self.lists.append(value)
+            elif _is_config(value):  # a layer's own: copied, or come with it from another model
+                self._whole(vars(value), nested=True, owner=value)
             elif name != "forward":  # ``examine`` looks at that, and knows what an adapter may have
                 self._judge(value, f"{type(module).__name__}.{name}")
 

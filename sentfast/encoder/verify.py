@@ -116,9 +116,14 @@ def _with_leaves(copy: Any) -> Any:
         for name, x in module._parameters.items():
             if x is not None:
                 leaf = x.ndim == 1 or (isinstance(module, nn.Embedding) and x.numel() <= _SMALL)
-                made = nn.Parameter(x.detach(), requires_grad=leaf)
+                made = nn.Parameter(_usual(x.detach()), requires_grad=leaf)
                 module._parameters[name] = known.setdefault(id(x), made)
     return copy
+
+
+def _usual(x: Tensor) -> Tensor:
+    """The tensor; a copy of one that was made in inference mode, which can require no gradient."""
+    return x.clone() if x.is_inference() else x
 
 
 def _leaves(copy: nn.Module) -> list[Tensor]:
@@ -141,11 +146,18 @@ def _gradient_difference(found: list[Tensor | None], expected: list[Tensor | Non
     """
     total = length = 0.0
     for pair in zip(found, expected, strict=True):
-        x, y = torch.broadcast_tensors(*(torch.zeros(()) if x is None else x.double().cpu() for x in pair))
+        x, y = torch.broadcast_tensors(*map(_exact, pair))
         finite = y.isfinite()
         x, y = x[finite], y[finite]
         total, length = total + float((x - y).square().sum()), length + float(y.square().sum())
     return math.inf if math.isnan(total) else (total / max(length, 1e-60)) ** 0.5
+
+
+def _exact(gradient: Tensor | None) -> Tensor:
+    """In float64, dense; 0 for none."""
+    if gradient is None:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    return (gradient.to_dense() if gradient.is_sparse else gradient).double().cpu()
 
 
 def unseen() -> Any:
@@ -196,18 +208,18 @@ def _last_positions(parts: Parts) -> _Inputs | None:
     tables = parts.tables
     if tables.max_length < 3 or parts.bias is not None:
         return None
-    positions = torch.arange(tables.positions - 3, tables.positions, dtype=torch.int32)
+    positions = torch.arange(tables.positions - 3, tables.positions, dtype=torch.int32, device="cpu")
     return example(tables, [3], positions)
 
 
 def example(tables: Tables, lengths: list[int], positions: Tensor | None) -> _Inputs:
     """Ids from all over the vocabulary, the first and the last among them, but no padding; some of each token type."""
     total = sum(lengths)
-    ids = (torch.arange(total) * 7919 + tables.vocabulary_size - 1) % tables.vocabulary_size
+    ids = (torch.arange(total, device="cpu") * 7919 + tables.vocabulary_size - 1) % tables.vocabulary_size
     if tables.padding_idx is not None:
         ids = torch.where(ids == tables.padding_idx, (ids + 1) % tables.vocabulary_size, ids)
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    types = (torch.arange(total) // 2 % tables.token_types).int() if tables.token_types > 1 else None
+    ends = torch.tensor([0, *lengths], device="cpu").cumsum(0)
+    types = (torch.arange(total, device="cpu") // 2 % tables.token_types).int() if tables.token_types > 1 else None
     return ids.int(), ends.int(), types, positions
 
 
@@ -215,10 +227,10 @@ def _original(model: Any, parts: Parts, inputs: _Inputs) -> Tensor:
     """[T, H] of the padded batch."""
     ids, ends, types, positions = inputs
     lengths = ends.diff().long()
-    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    mask = torch.arange(int(lengths.max()), device="cpu") < lengths.unsqueeze(1)
 
     def padded(x: Tensor, fill: int) -> Tensor:
-        return torch.full(mask.shape, fill).masked_scatter(mask, x.long()).to(parts.device)
+        return torch.full(mask.shape, fill, device="cpu").masked_scatter(mask, x.long()).to(parts.device)
 
     padding = parts.tables.padding_idx or 0
     arguments = {"input_ids": padded(ids, padding), "attention_mask": mask.long().to(parts.device)}

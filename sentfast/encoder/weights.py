@@ -143,7 +143,12 @@ class _Packer:
             return self._float(linears[0].bias)
         if not always and all(linear.bias is None for linear in linears):
             return _empty()
-        rows = (torch.zeros(x.out_features) if x.bias is None else self.small.snapshot(x.bias) for x in linears)
+        rows = (
+            torch.zeros(x.out_features, dtype=torch.float32, device="cpu")
+            if x.bias is None
+            else self.small.snapshot(x.bias)
+            for x in linears
+        )
         return torch.cat([row.float() for row in rows])
 
     def _attention_bias(self, parts: Parts) -> Tensor:
@@ -151,7 +156,7 @@ class _Packer:
         if parts.bias is None:
             return _empty()
         longest = parts.length - parts.position_offset
-        distance = torch.arange(1 - longest, longest)
+        distance = torch.arange(1 - longest, longest, device="cpu")
         table = self.small.snapshot(parts.bias.relative_attention_bias.weight).float()
         return table[parts.bias.relative_position_bucket(distance)].t().contiguous()
 
@@ -165,7 +170,7 @@ def panels(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _empty() -> Tensor:
-    return torch.empty(0)
+    return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _table(embedding: nn.Embedding | None) -> Tensor:
@@ -176,7 +181,7 @@ def _rotary(parts: Parts) -> Tensor:
     """[2, P, head size] by the model's own rule of angles; a cosine and its twin in the other half are the same."""
     if not parts.rotary:
         return _empty()
-    positions = torch.arange(parts.length).unsqueeze(0)
+    positions = torch.arange(parts.length, device="cpu").unsqueeze(0)
     half = parts.hidden_size // parts.heads // 2
     tables = []
     for angles in parts.rotary:

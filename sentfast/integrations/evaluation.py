@@ -128,7 +128,7 @@ class _Hits:
 
     def __init__(self, queries: int, k: int):
         self.k = k
-        self._scores = torch.empty(queries, 0, device="cpu")
+        self._scores = torch.empty(queries, 0, dtype=torch.float32, device="cpu")
         self._places = self._scores.to(torch.int32)
 
     def add(self, scores: Tensor, places: Tensor) -> None:

@@ -65,8 +65,11 @@ class Original:
     def overridden(self, cls: type, base: type) -> bool:
         """Whether a subclass has something of its own under a name that the code looks up."""
         if (cls, base) not in self._overridden:
-            between = cls.__mro__[: cls.__mro__.index(base)]
-            self._overridden[cls, base] = any(not self._looked_up.isdisjoint(vars(kind)) for kind in between)
+            # One of a module that was loaded anew only looks like its subclass.
+            related = base in cls.__mro__
+            between = cls.__mro__[: cls.__mro__.index(base)] if related else ()
+            differs = any(not self._looked_up.isdisjoint(vars(kind)) for kind in between)
+            self._overridden[cls, base] = differs or not related
         return self._overridden[cls, base]
 
     def replaced(self, part: Any) -> bool:

@@ -83,7 +83,7 @@ class Fetched(Output):
         if self._part is None:
             return
         part, self._part = self._part, None
-        staged = torch.empty(part.shape, dtype=part.dtype, pin_memory=devices.pinned(part.device))
+        staged = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=devices.pinned(part.device))
         staged.copy_(part, non_blocking=True)
         arrived = None
         if part.is_cuda:

@@ -82,7 +82,7 @@ def _likely_limit(chunks: list[Segment], rows: Tensor, max_pairs: int, top_k: in
     """A score that more than max_pairs pairs will reach, going by a sample of the rows; -inf where that is unclear."""
     if len(rows) < 8 * _SAMPLE or len(chunks) > 1:
         return -math.inf
-    sample = torch.linspace(0, len(rows) - 1, _SAMPLE, device=rows.device).long()
+    sample = segments.evenly(len(rows), _SAMPLE, rows.device)
     own = torch.arange(_SAMPLE + 1, device=rows.device), sample
     k = min(top_k, len(rows) - 1)
     scores, _, _ = segments.topk(chunks, rows[sample], k, metric, excluded=own)

@@ -47,7 +47,7 @@ class Shell:
         if len(added) < _MANY:
             self.backend = _copy(original, added)
             return
-        normalizer = original.normalizer.__getstate__() if original.normalizer is not None else b""
+        normalizer = _state(original.normalizer)
         self._made = _taken(tokenizer, original, added, normalizer)
         if self._made is None:
             self._made = _Kept(original, added, normalizer, _copy(original, added))
@@ -62,6 +62,15 @@ class Shell:
         # After an error a thread may still be using it.
         if kind is None and self._made is not None:
             _kept.setdefault(self._tokenizer, deque(maxlen=_MOST_KEPT)).append(self._made)
+
+
+def _state(normalizer: Any) -> bytes:
+    if normalizer is None:
+        return b""
+    try:
+        return normalizer.__getstate__()
+    except Exception as error:  # as below
+        raise NoCopyError from error
 
 
 def _taken(

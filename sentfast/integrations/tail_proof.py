@@ -83,7 +83,7 @@ def _both(found: Any, parts: list[Any]) -> tuple[Tensor, Tensor]:
     result = encoder.run(
         ids, ends, token_type_ids=types, modes=found.modes, prompt_length=skipped, normalize=found.normalizes
     )
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    mask = torch.arange(max(lengths), device="cpu") < torch.tensor(lengths, device="cpu").unsqueeze(1)
     features: Any = {
         "token_embeddings": encoder.run(ids, ends, token_type_ids=types, padded_length=max(lengths)),
         "attention_mask": mask.long(),

@@ -27,4 +27,4 @@ def seed_of(dropout_p: float, seed: int | None, x: Tensor | None = None) -> int:
     """
     if seed is not None or not draws(dropout_p) or (x is not None and x.numel() == 0):
         return seed or 0
-    return int(torch.randint(2**63 - 1, ()))
+    return int(torch.randint(2**63 - 1, (), device="cpu"))

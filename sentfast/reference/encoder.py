@@ -117,7 +117,8 @@ class _Encoder:
         if rotary is not None:
             q, k = _rotate(q, rotary), _rotate(k, rotary)
         scores = q @ k.mT / math.sqrt(hidden // self.heads)
-        distance = torch.arange(length) - torch.arange(length).unsqueeze(1)
+        place = torch.arange(length, device=qkv.device)
+        distance = place - place.unsqueeze(1)
         bias = self.embedding.attention_bias
         if bias.numel():
             scores = scores + bias[:, distance + (bias.shape[1] + 1) // 2 - 1].to(scores.dtype)
@@ -198,7 +199,7 @@ def encoder(
     spans = list(itertools.pairwise(ends))
     if position_ids is None:
         start = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff().long())
-        position_ids = torch.arange(input_ids.shape[0]) - start + position_offset
+        position_ids = torch.arange(input_ids.shape[0], device=start.device) - start + position_offset
     x = word_embeddings[input_ids.long()].to(acc)
     if head.positions.numel():
         x = x + head.positions[position_ids.long()].to(acc)

@@ -135,7 +135,7 @@ def search_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best pairs of each query, best first: scores [Q, k], ids [Q, k], statistics [4]."""
     device = queries.device
-    scores = torch.full((len(queries), k), float("-inf"), device=device)
+    scores = torch.full((len(queries), k), float("-inf"), dtype=torch.float32, device=device)
     ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
     pairs = nans = 0
     for part, blocks in _blocks(queries, corpus, metric):
@@ -200,7 +200,7 @@ def search_pairs(
 
 def _no_pairs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     none = torch.empty(0, dtype=torch.int64, device=device)
-    return none, none.clone(), torch.empty(0, device=device)
+    return none, none.clone(), torch.empty(0, dtype=torch.float32, device=device)
 
 
 def search_count(

@@ -81,7 +81,7 @@ def ceiling(value: Any, count: int, device: torch.device) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, (int, float, str)):
-        return torch.full((count,), checks.number("ceiling", value), device=device)
+        return torch.full((count,), checks.number("ceiling", value), dtype=torch.float32, device=device)
     values = [checks.number("ceiling", x) for x in listed("ceiling", value)]
     if len(values) != count:
         raise ValueError(f"ceiling: expected a number or {count} of them, got {len(values)}")

@@ -152,7 +152,7 @@ class Corpus:
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Rows by their numbers, float32 [len(indices), D]; a copy."""
         indices = arguments.listed("indices", indices)
-        found = torch.empty(len(indices), self.dim, device=self.device)
+        found = torch.empty(len(indices), self.dim, dtype=torch.float32, device=self.device)
         for place, index in enumerate(indices):
             index = checks.whole("indices", index, 0, len(self) - 1)
             segment = next(segment for segment in reversed(self.segments) if segment.first <= index)
@@ -243,7 +243,7 @@ def _names_to_tensors(ids: list[Any] | None) -> dict[str, Tensor]:
     if ids is None:
         return {}
     if isinstance(ids[0], int):
-        return {"ids": torch.tensor(ids, dtype=torch.int64)}
+        return {"ids": torch.tensor(ids, dtype=torch.int64, device="cpu")}
     texts = json.dumps(ids, ensure_ascii=False).encode()
     return {"names": torch.frombuffer(bytearray(texts), dtype=torch.uint8)}
 

@@ -148,7 +148,7 @@ def hard_negatives(
     count = len(arguments.queries(queries, within.dim, within.device))
     if arguments.excluded(positives, False, count, len(within), torch.device("cpu"), "positives") is None:
         raise TypeError("positives: expected one index or a list of them for each query, got None")
-    ceiling = torch.full((count,), most, device="cpu")
+    ceiling = torch.full((count,), most, dtype=torch.float32, device="cpu")
     if absolute_margin is not None or relative_margin is not None:
         lowest = _positive_scores(queries, within, positives, metric)
         if absolute_margin is not None:
@@ -173,7 +173,7 @@ def _positive_scores(queries: Any, within: Corpus, positives: Any, metric: str |
     right = arguments.excluded(positives, False, len(wanted), len(within), torch.device("cpu"))
     assert right is not None
     offsets, ids = (x.tolist() for x in right)
-    lowest = torch.full((len(wanted),), float("inf"), device="cpu")
+    lowest = torch.full((len(wanted),), float("inf"), dtype=torch.float32, device="cpu")
     for number, start in enumerate(offsets[:-1]):
         rows = within.rows(ids[start : offsets[number + 1]])
         if len(rows):

@@ -42,7 +42,7 @@ def _tensor(name: str, x: Any) -> Tensor:
                 return torch.stack(list(x))
             if len(x) and all(isinstance(row, np.ndarray) for row in x):
                 return _view(name, np.stack(x))
-            return torch.tensor(x)
+            return torch.tensor(x, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name}: expected rows of one length made of numbers; {error}") from error
     raise TypeError(f"{name}: expected a tensor, an array or a list of rows, got {type(x).__name__}")

@@ -60,7 +60,7 @@ class _Pool:
 
     def __init__(self, count: int, limit: float, device: torch.device):
         self.count, self.limit = count, limit
-        self._scores = torch.empty(0, device=device)
+        self._scores = torch.empty(0, dtype=torch.float32, device=device)
         self._first, self._second = self._scores.long(), self._scores.long()
         self.last = 0  # pairs that the last rows brought
         self.last_rows = 0
@@ -119,7 +119,7 @@ def _estimate(within: Corpus, metric: str, count: int, aim: float) -> float:
     k = min(size, int(4 * places / sample) + 33)
     if places >= sample * (size - 1) * 0.5 or k * sample > _PAIRS_AT_ONCE:
         return -float("inf")
-    numbers = torch.linspace(0, size - 1, sample, device=within.device).long()
+    numbers = segments.evenly(size, sample, within.device)
     queries = within.rows(numbers.tolist())
     own = torch.arange(sample + 1, device=within.device), numbers
     scores, _, _ = segments.topk(within.segments, queries, k, metric, excluded=own)

@@ -116,4 +116,5 @@ def best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def empty_topk(queries: int, k: int) -> tuple[Tensor, Tensor]:
-    return torch.full((queries, k), float("-inf")), torch.full((queries, k), -1, dtype=torch.int64)
+    scores = torch.full((queries, k), float("-inf"), dtype=torch.float32, device="cpu")
+    return scores, torch.full((queries, k), -1, dtype=torch.int64, device="cpu")

@@ -201,3 +201,8 @@ def count_above(
             counts[part] += found.counts
             stats += Stats.of(found.statistics, one.bound)
     return counts, stats
+
+
+def evenly(rows: int, count: int, device: torch.device) -> Tensor:
+    """int64 [count]: numbers of rows from the first to the last."""
+    return torch.arange(count, device=device) * (rows - 1) // max(count - 1, 1)
