@@ -298,6 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
                 path.write_text(rendered)
     if not options.check:
         for name, result in results.items():
+            if not result["workloads"]:  # some studies alone were run there
+                continue
             print(f"drew {plot(name, result).relative_to(ROOT)}")
     print(f"{'out of date' if options.check else 'rendered'}: {', '.join(map(str, stale)) or 'nothing'}")
     return 1 if options.check and stale else 0
