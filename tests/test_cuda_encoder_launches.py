@@ -227,7 +227,7 @@ def test_training_on_the_gpu(
 
     Not backward and not under autocast: a PyTorch without CUDA has no streams for them.
     """
-    monkeypatch.setattr(training.torch, "randint", lambda *args: 3)
+    monkeypatch.setattr(training.torch, "randint", lambda *args, **kwargs: 3)
     parts = parts_on_gpu(model_type, dtype)
     for layer in parts.layers:
         layer.module.train()
