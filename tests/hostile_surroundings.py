@@ -57,7 +57,7 @@ def gradient_mode(model, patch):
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype):
+def default_dtype_of(dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -67,7 +67,7 @@ def _default_dtype(dtype):
 
 
 def default_dtype(model, patch):
-    return _default_dtype(one([torch.float64, torch.bfloat16]))
+    return default_dtype_of(one([torch.float64, torch.bfloat16]))
 
 
 @contextlib.contextmanager

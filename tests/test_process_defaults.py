@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 from pathlib import Path
 
 import encoders
 import pytest
 import torch
+from hostile_surroundings import default_dtype_of
 from sentence_transformers import util
 from test_faithful import difference, drawn
 
@@ -25,20 +25,10 @@ def surroundings():
         yield
 
 
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 DEFAULTS = {
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float16": lambda: default_dtype(torch.float16),
-    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype_of(torch.bfloat16),
+    "float16": lambda: default_dtype_of(torch.float16),
+    "float64": lambda: default_dtype_of(torch.float64),
     "meta": lambda: torch.device("meta"),
 }
 
@@ -63,16 +53,14 @@ def test_what_is_made_of_a_model_under_other_defaults_is_right(kind, name):
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
 def test_samples_of_many_rows_are_taken_under_other_defaults(name):
     rows = torch.nn.functional.normalize(torch.randn(3000 + drawn(2000), 24))
-    pairs = [
-        util.paraphrase_mining_embeddings(rows, top_k=5, max_pairs=50),
-        list(top_pairs(rows, 50, metric="cos").first),
-    ]
+
+    def mined():
+        found = top_pairs(rows, 50, metric="cos")
+        return util.paraphrase_mining_embeddings(rows, top_k=5, max_pairs=50), found.first.tolist()
+
+    expected = mined()
     with DEFAULTS[name]():
-        again = [
-            util.paraphrase_mining_embeddings(rows, top_k=5, max_pairs=50),
-            list(top_pairs(rows, 50, metric="cos").first),
-        ]
-    assert pairs == again
+        assert mined() == expected
 
 
 _NAMES = "arange as_tensor empty eye full linspace ones rand randint randn randperm tensor zeros"

@@ -75,11 +75,15 @@ inline double search_factors(int64_t metric, const float* packed, int64_t rows, 
   return base;
 }
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The next smaller float32.
+inline float below(float x) { return std::nextafter(x, -kInfinity); }
+
 // Halfway to the next float32: what a real number must reach to be rounded to more than x.
 inline double search_above(float x) {
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  const float next = std::nextafter(x, infinity);
-  if (x == -infinity || next == infinity) return x;
+  const float next = std::nextafter(x, kInfinity);
+  if (x == -kInfinity || next == kInfinity) return x;
   return (static_cast<double>(x) + static_cast<double>(next)) / 2;
 }
 

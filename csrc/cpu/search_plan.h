@@ -11,7 +11,6 @@ namespace sentfast::cpu {
 
 using Optional = std::optional<Tensor>;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kMostQueries = 512;              // of a block: its codes stay in the second cache
 constexpr int64_t kBlockBytes = int64_t{4} << 20;  // of a block's queries, and of its results
 constexpr int64_t kPieceRows = 8192;               // a smaller piece is not worth its own threshold
@@ -140,8 +139,6 @@ struct Total {
     return result;
   }
 };
-
-inline float below(float x) { return std::nextafter(x, -kInfinity); }
 
 template <class Reducer>
 SearchStatistics scan(const Inputs& in, int64_t first, int64_t count, int64_t begin, int64_t end, bool small_first,

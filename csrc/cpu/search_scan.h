@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -84,8 +83,7 @@ class SearchScanner {
   enum Level { kCodes, kFloats, kExact };
   static constexpr int64_t kLongestStep = 1024;
   static constexpr int64_t kHits = 1 << 16;
-  static constexpr int64_t kChunk = 8;  // hits of a query, before its limit is looked at again
-  static constexpr float kNoBound = std::numeric_limits<float>::infinity();
+  static constexpr int64_t kChunk = 8;        // hits of a query, before its limit is looked at again
   static constexpr int64_t kFewQueries = 12;  // below, a panel of floats is not worth making
 
   struct Query : SearchQuery {
@@ -258,7 +256,7 @@ class SearchScanner {
     ordered_.resize(found);
     std::vector<int64_t>& next = ends_;  // becomes the end of each
     for (int64_t i = 0; i < found; ++i) ordered_[next[place_[hits[i].query]]++] = hits[i];
-    const auto key = [](const SearchHit& hit) { return hit.bound == hit.bound ? hit.bound : kNoBound; };
+    const auto key = [](const SearchHit& hit) { return hit.bound == hit.bound ? hit.bound : kInfinity; };
     int64_t begin = 0;
     for (size_t n = 0; n < list.size(); begin = ends_[n++]) {
       SearchHit* own = ordered_.data() + begin;
@@ -276,12 +274,12 @@ class SearchScanner {
   // The hits of a query, to the front, that are above its limit as it is by now; a score that is equal to the k-th may
   // still be that of an earlier row.
   int64_t still_above(int64_t n, uint32_t number, SearchHit* hits, int64_t count) {
-    pass_.set_aim(n, queries_[number], corpus_.metric, std::nextafter(reducer_.exclusive(number), -kNoBound));
-    const auto below = [&](const SearchHit& hit) {
+    pass_.set_aim(n, queries_[number], corpus_.metric, below(reducer_.exclusive(number)));
+    const auto too_low = [&](const SearchHit& hit) {
       const double base = bases_[(hit.row - pass_begin_) / kSearchPanel];
       return hit.bound <= pass_.limit_of(n, base, corpus_.metric, search_error(rows_.dim));
     };
-    return std::remove_if(hits, hits + count, below) - hits;
+    return std::remove_if(hits, hits + count, too_low) - hits;
   }
 
   void score_all(int64_t begin, int64_t end) {

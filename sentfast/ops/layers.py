@@ -247,7 +247,7 @@ def normed(
     options = (float(dropout_p), seed_of(dropout_p, seed, x), stream)
     if checks.needs_function(x, residual) or checks.needs_function(weight, bias):
         y, total = _DropoutAddLayerNorm.apply(x, residual, weight, bias, float(eps), options)
-        return Normed(y, (total, own(weight), None if bias is None else own(bias), float(eps)))
+        return Normed(y, (total, own(weight), own(bias), float(eps)))
     return Normed(_dropout_add_layer_norm(x, residual, weight, bias, float(eps), *options))
 
 
@@ -271,9 +271,9 @@ def bias_activation(x: Tensor, bias: Tensor | None = None, activation: str = "ge
     return _BiasActivation.apply(x, bias, number)
 
 
-def own(vector: Tensor) -> Tensor:
+def own(vector: Tensor | None) -> Any:
     """A copy of what is kept to make something again: PyTorch's layers keep none of it, and let it change meanwhile."""
-    return vector.clone() if torch.is_grad_enabled() else vector
+    return vector.clone() if vector is not None and torch.is_grad_enabled() else vector
 
 
 def _vector(name: str, vector: Tensor, x: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None = None, act
         bias = bias.to(accumulation_dtype(x.dtype))
     number = checks.one_of("activation", activation, ACTIVATIONS)
     if checks.needs_function(x, weight) or (bias is not None and checks.needs_function(bias)):
-        return _LinearActivation.apply(x, _held(weight), None if bias is None else own(bias), number)
+        return _LinearActivation.apply(x, _held(weight), own(bias), number)
     return _linear_activation(x, weight, bias, number)
 
 
@@ -212,8 +212,7 @@ def activation_linear(
         weight, bias: [N, K] and [N], or None, as in :func:`linear`.
     """
     if _fits(x, weight, bias) and (x_bias is None or x_bias.dtype == torch.float32):
-        x_bias = None if x_bias is None else own(x_bias)
-        return _ActivationLinear.apply(x, x_bias, ACTIVATIONS.index(activation), _held(weight), bias)
+        return _ActivationLinear.apply(x, own(x_bias), ACTIVATIONS.index(activation), _held(weight), bias)
     return linear(bias_activation(x, x_bias, activation), weight, bias)
 
 
