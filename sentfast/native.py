@@ -213,6 +213,11 @@ def load_triton() -> None:
         importlib.import_module("sentfast.kernels.search")
 
 
+def isa() -> str:
+    """The instruction set of the CPU kernels in use, "" where there are none."""
+    return "" if state.cpu is None else state.cpu.isa()
+
+
 def cpu_isa(name: str | None = None) -> str:
     """The instruction set of the compiled CPU kernels: reads it, or sets it for the process.
 

@@ -19,6 +19,7 @@ import never_slower
 from never_slower_cells import Cell, cells, handed_over
 
 import sentfast
+from sentfast import native
 from sentfast.integrations import gain, guards, similarity, versions
 
 
@@ -167,6 +168,7 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
     draw = random.Random(seed)
     monkeypatch.setattr(gain, "TILES", False)
     monkeypatch.setattr(gain, "on", True)
+    monkeypatch.setattr(native, "isa", lambda: "avx2")
     monkeypatch.setattr(gain, "forced_backend", lambda: None)
     monkeypatch.setattr(guards, "forced", lambda: False)
     wide, few = draw.randint(gain.LEAST_COLUMNS, 100), draw.randint(1, 128)
@@ -199,11 +201,7 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
         ),
         ("semantic_search", 1, many, wide, False),
         ("semantic_search", draw.randint(2, 30), draw.randint(1, gain.LEAST_SEARCHED_ROWS - 1), wide, True),
-        ("semantic_search", draw.randint(2, gain.LEAST_NARROW_QUERIES - 1), gain.LEAST_SEARCHED_ROWS, wide, True),
-        ("semantic_search", gain.LEAST_NARROW_QUERIES, gain.LEAST_SEARCHED_ROWS + few, wide, False),
-        ("semantic_search", gain.LEAST_QUERIES, gain.LEAST_SEARCHED_ROWS + few, gain.NARROW, False),
-        ("semantic_search", gain.LEAST_QUERIES, gain.LEAST_SEARCHED_ROWS + few, gain.WIDE, True),
-        ("semantic_search", gain.LEAST_QUERIES, gain.LEAST_WIDE_ROWS, gain.WIDE, False),
+        ("semantic_search", draw.randint(2, 30), gain.LEAST_SEARCHED_ROWS, wide, False),
         ("paraphrase_mining_embeddings", draw.randint(2, gain.LEAST_MINED_ROWS - 1), 0, wide, True),
         ("paraphrase_mining_embeddings", gain.LEAST_MINED_ROWS + few, 0, wide, False),
     ]
@@ -250,6 +248,16 @@ def test_small_matrices_are_known_by_their_numbers(monkeypatch: pytest.MonkeyPat
         # Of the same memory, as nothing is read.
         a, b = (torch.empty(1).expand(count, width) for count in sizes)
         assert gain.dot_score(a, b) is small, (sizes, width)
+
+
+def test_wide_vectors_search_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gain, "on", True)
+    monkeypatch.setattr(gain, "forced_backend", lambda: None)
+    queries, rows = torch.empty(2, 4), torch.empty(gain.LEAST_SEARCHED_ROWS - 1, 4)
+    for isa, small in (("avx512", False), ("avx512_bf16", False), ("avx2", True), ("neon", True), ("", True)):
+        monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
+        assert gain.semantic_search(queries, rows) is small, isa
+        assert not gain.semantic_search(queries[:1], rows)
 
 
 @pytest.mark.parametrize("old", [False, True])

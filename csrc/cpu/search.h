@@ -83,15 +83,17 @@ constexpr double search_divisor(double norm, int64_t dim) {
 }
 
 struct SearchKernels {
-  // The norm of a row, in double.
+  // The norm of a row, in double, and those of `count` rows from `first` on.
   double (*norm)(const float* row, int64_t dim);
+  void (*norms)(const SearchRows& rows, int64_t first, int64_t count, double* norms);
   double (*product)(const float* a, const float* b, int64_t dim);
   // row / divisor - center as codes of a format, filled up to whole words with 0; nullptr: no center. The scale of int8
   // is at least `least`, its codes are from -most to most.
   SearchCodes (*quantize[kSearchFormats])(const float* row, int64_t dim, double divisor, const float* center,
                                           double least, double most, uint32_t* codes);
-  // `rows` rows of words, `words` apart, become a panel; every word is changed by exclusive or with `flip`.
-  void (*panel)(const uint32_t* from, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel);
+  // `rows` rows of words, `stride` apart, become a panel; every word is changed by exclusive or with `flip`.
+  void (*panel)(const uint32_t* from, int64_t stride, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel);
+  int64_t few;      // queries, for fewer of which a panel of floats is not worth making
   int query_codes;  // the largest int8 code of a query, for which no sum of the pass overflows
   // Writes pairs whose bound is above their query's limit, or NaN: at most count * kSearchPanel; returns how many.
   int64_t (*scan[kSearchFormats])(const SearchScan&, SearchHit* hits);

@@ -120,8 +120,8 @@ inline SearchCodes quantize(const float* row, int64_t dim, double divisor, const
           Format == kSearchInt8 ? static_cast<int32_t>(total(sum)) : 0};
 }
 
-inline void panel(const uint32_t* from, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel) {
-  gemm::turn(from, words, rows, words, kSearchPanel, panel, kSearchPanel);
+inline void panel(const uint32_t* from, int64_t stride, int64_t rows, int64_t words, uint32_t flip, uint32_t* panel) {
+  gemm::turn(from, stride, rows, words, kSearchPanel, panel, kSearchPanel);
   if (flip == 0) return;
   for (int64_t i = 0; i < words * kSearchPanel; ++i) panel[i] ^= flip;
 }
@@ -340,9 +340,11 @@ inline int64_t scan(const SearchScan& p, SearchHit* hits) {
 
 inline SearchKernels kernels() {
   return {norm,
+          norms,
           product,
           {quantize<kSearchInt8>, quantize<kSearchBf16>, quantize<kSearchFp32>},
           panel,
+          kPartLanes < 8 ? 2 : 6,
           Int8Step::query_codes,
           {scan<Int8Step>, scan<Bf16Step>, scan<Fp32Step>},
           pairs,

@@ -17,6 +17,27 @@ inline double search_error(int64_t dim) { return static_cast<double>(dim + 64) *
 
 inline bool search_unit_exists(double norm) { return norm > 0 && norm <= std::numeric_limits<double>::max(); }
 
+// Writes the factors of a row's norm into its column of a panel's, the others being 0; whether there is a unit row.
+inline bool search_pack_norm(double norm, float* factors) {
+  for (int n = 0; n < kSearchFactors; ++n) factors[n * kSearchPanel] = 0;
+  const auto near = static_cast<float>(norm);
+  factors[kSearchNorm * kSearchPanel] = near;
+  if (!search_unit_exists(norm)) return false;
+  factors[kSearchNormRest * kSearchPanel] = static_cast<float>(norm - static_cast<double>(near));
+  return true;
+}
+
+// The factors of a row whose codes are its own numbers: its scale is what divides them by the norm.
+inline void search_pack_plain(double norm, float* factors) {
+  if (!search_pack_norm(norm, factors)) return;
+  constexpr double up = 1 + 0x1p-20;
+  const auto scale = static_cast<float>(1 / norm);
+  const double height = static_cast<double>(scale) * norm;
+  factors[kSearchScale * kSearchPanel] = scale;
+  factors[kSearchResidual * kSearchPanel] = static_cast<float>((std::fabs(1 - height) + 0x1p-50) * up);
+  factors[kSearchHeight * kSearchPanel] = static_cast<float>(height * up);
+}
+
 // Writes the codes of a row, and its factors into its column of a panel's. center: nullptr for none; `square` is its
 // product with itself.
 inline void search_pack_row(SearchFormat format, const float* row, int64_t dim, const float* center, double square,
@@ -24,9 +45,7 @@ inline void search_pack_row(SearchFormat format, const float* row, int64_t dim, 
   const SearchKernels& kernel = kernels().search;
   const double norm = kernel.norm(row, dim);
   const auto factor = [=](int n) -> float& { return factors[n * kSearchPanel]; };
-  for (int n = 0; n < kSearchFactors; ++n) factor(n) = 0;
-  factor(kSearchNorm) = static_cast<float>(norm);
-  if (!search_unit_exists(norm)) {
+  if (!search_pack_norm(norm, factors)) {
     std::fill_n(codes, (dim + kSearchGroup[format] - 1) / kSearchGroup[format], 0u);
     return;
   }
@@ -34,7 +53,6 @@ inline void search_pack_row(SearchFormat format, const float* row, int64_t dim, 
   factor(kSearchScale) = static_cast<float>(c.scale);
   factor(kSearchResidual) = static_cast<float>(c.residual);
   factor(kSearchHeight) = static_cast<float>(c.height);
-  factor(kSearchNormRest) = static_cast<float>(norm - static_cast<double>(factor(kSearchNorm)));
   if (center != nullptr) factor(kSearchTilt) = static_cast<float>(kernel.product(row, center, dim) / norm - square);
 }
 

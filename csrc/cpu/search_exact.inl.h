@@ -214,7 +214,7 @@ inline void pairs(const SearchExact& p, const SearchHit* hits, int64_t count, fl
 }
 
 // Norms of `count` rows, some side by side so that their sums do not wait for each other.
-inline void cosine_norms(const SearchRows& rows, int64_t first, int64_t count, double* norms) {
+inline void norms(const SearchRows& rows, int64_t first, int64_t count, double* norms) {
   constexpr int C = 4;
   for (int64_t n = 0; n < count; n += C) {
     const float* row[C];
@@ -228,9 +228,7 @@ inline void cosine_norms(const SearchRows& rows, int64_t first, int64_t count, d
       }
     };
     each_lanes(rows.dim, step);
-    for (int j = 0; j < C && n + j < count; ++j) {
-      norms[n + j] = search_divisor(__builtin_sqrt(total(sum[j])), rows.dim);
-    }
+    for (int j = 0; j < C && n + j < count; ++j) norms[n + j] = __builtin_sqrt(total(sum[j]));
   }
 }
 
@@ -280,17 +278,18 @@ SENTFAST_INLINE inline void all_of(const SearchExact& p, const uint32_t* queries
     if (p.metric == kCosine) return one_with_all<Term, true>(p, queries[0], first, rows, scores);
     return one_with_all<Term, false>(p, queries[0], first, rows, scores);
   }
-  double norms[kSearchPanel];
+  double divisors[kSearchPanel];
   if (p.metric == kCosine) {
-    cosine_norms(p.corpus, row, rows, norms);
+    norms(p.corpus, row, rows, divisors);
+    for (int64_t j = 0; j < rows; ++j) divisors[j] = search_divisor(divisors[j], p.corpus.dim);
   } else {
-    fill(norms, kSearchPanel, 1.0);
+    fill(divisors, kSearchPanel, 1.0);
   }
   int64_t n = 0;
   for (; count - n > 1; n += R) {
-    all_tile<Term, R, R>(p, queries + n, count - n, first, rows, norms, scores + n * kSearchPanel);
+    all_tile<Term, R, R>(p, queries + n, count - n, first, rows, divisors, scores + n * kSearchPanel);
   }
-  if (n < count) all_tile<Term, 1, 4>(p, queries + n, 1, first, rows, norms, scores + n * kSearchPanel);
+  if (n < count) all_tile<Term, 1, 4>(p, queries + n, 1, first, rows, divisors, scores + n * kSearchPanel);
 }
 
 inline void all(const SearchExact& p, const uint32_t* queries, int64_t count, int64_t row, int64_t rows,

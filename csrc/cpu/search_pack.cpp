@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& rows, int64_t bits) {
         const float* row = data + (p * kSearchPanel + j) * view.stride;
         search_pack_row(format, row, dim, middle, square, &lines[j * words], out + j);
       }
-      kernel.panel(lines.data(), size, words, kSearchFlip[format], panel + p * words * kSearchPanel);
+      kernel.panel(lines.data(), words, size, words, kSearchFlip[format], panel + p * words * kSearchPanel);
     }
   });
   return {codes, factors, center};

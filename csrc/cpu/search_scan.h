@@ -83,8 +83,7 @@ class SearchScanner {
   enum Level { kCodes, kFloats, kExact };
   static constexpr int64_t kLongestStep = 1024;
   static constexpr int64_t kHits = 1 << 16;
-  static constexpr int64_t kChunk = 8;        // hits of a query, before its limit is looked at again
-  static constexpr int64_t kFewQueries = 12;  // below, a panel of floats is not worth making
+  static constexpr int64_t kChunk = 8;  // hits of a query, before its limit is looked at again
 
   struct Query : SearchQuery {
     using SearchQuery::SearchQuery;
@@ -113,7 +112,7 @@ class SearchScanner {
       const auto number = static_cast<uint32_t>(i);
       lists[reducer_.open(number) ? kExact : queries_[i].level]->push_back(number);
     }
-    if (static_cast<int64_t>(floated_.size()) < kFewQueries) {
+    if (static_cast<int64_t>(floated_.size()) < kernel_.few) {
       scored_.insert(scored_.end(), floated_.begin(), floated_.end());
       floated_.clear();
     }
@@ -198,17 +197,25 @@ class SearchScanner {
     flush(list, found, end);
   }
 
-  // Rows become floats relative to the center, and their factors those of such codes.
+  // Rows become floats relative to the center, or without one stay what they are, and their factors those of such codes.
   const uint32_t* float_panel(int64_t row, int64_t rows) {
-    const int64_t dim = rows_.dim;
-    lines_.resize(kSearchPanel * dim);
+    const int64_t dim = rows_.dim, stride = corpus_.rows.stride;
+    const float* first = corpus_.rows.data + row * stride;
     panel_.resize(kSearchPanel * dim);
     std::fill_n(float_factors_, kSearchFactors * kSearchPanel, 0.0f);
-    for (int64_t j = 0; j < rows; ++j) {
-      search_pack_row(kSearchFp32, corpus_.rows.data + (row + j) * corpus_.rows.stride, dim, corpus_.center, square_,
-                      &lines_[j * dim], float_factors_ + j);
+    if (corpus_.center == nullptr) {
+      double norms[kSearchPanel];
+      kernel_.norms(corpus_.rows, row, rows, norms);
+      for (int64_t j = 0; j < rows; ++j) search_pack_plain(norms[j], float_factors_ + j);
+      kernel_.panel(reinterpret_cast<const uint32_t*>(first), stride, rows, dim, 0, panel_.data());
+      return panel_.data();
     }
-    kernel_.panel(lines_.data(), rows, dim, 0, panel_.data());
+    lines_.resize(kSearchPanel * dim);
+    for (int64_t j = 0; j < rows; ++j) {
+      search_pack_row(kSearchFp32, first + j * stride, dim, corpus_.center, square_, &lines_[j * dim],
+                      float_factors_ + j);
+    }
+    kernel_.panel(lines_.data(), dim, rows, dim, 0, panel_.data());
     return panel_.data();
   }
 

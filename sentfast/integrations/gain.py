@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, float32
 from torch.nn import Parameter
 
-from sentfast import private
+from sentfast import native, private
 from sentfast.registry import RUN_ALL, forced_backend
 
 TOO_SMALL = "SF132"
@@ -34,14 +34,9 @@ TILES = bool(private.amx_tiles())
 _SURELY_SMALL = LEAST_SCORES * LEAST_COLUMNS**2
 # A product and a sum, and a difference and its norm, of fewer numbers.
 LEAST_NUMBERS, LEAST_DISTANCE_NUMBERS = 1 << 15, 1 << 13
-# Several queries over fewer rows: most time goes to pairs that enter the k best only until better ones come.
+# Several queries over fewer rows, without vectors of 512 bits: most time goes to pairs that enter the k best only until
+# better ones come.
 LEAST_SEARCHED_ROWS = 4096
-# Of wide rows the two passes take longer than the library's product until there are more.
-LEAST_WIDE_ROWS, WIDE = 8192, 512
-# One query is scored exactly at the rate of reading its corpus. A few are too, until enough of them share a first pass;
-# it takes more of them to pay for it where rows are narrow.
-LEAST_QUERIES, LEAST_NARROW_QUERIES = 12, 24
-NARROW = 128
 # Of fewer rows the original has its pairs before ours has set up a search.
 LEAST_MINED_ROWS = 32
 
@@ -96,11 +91,9 @@ pairwise_euclidean_sim = _of_fewer_numbers(LEAST_DISTANCE_NUMBERS)
 def semantic_search(query_embeddings: Any, corpus_embeddings: Any, *rest: Any) -> bool:
     """The best rows of each query."""
     queries, rows = _sizes(query_embeddings), _sizes(corpus_embeddings)
-    if len(queries) != 2 or len(rows) != 2 or queries[0] < 2:
+    if len(queries) != 2 or len(rows) != 2 or queries[0] < 2 or rows[0] >= LEAST_SEARCHED_ROWS:
         return False
-    least = LEAST_QUERIES if rows[1] >= NARROW else LEAST_NARROW_QUERIES
-    fewest = LEAST_WIDE_ROWS if rows[1] >= WIDE else LEAST_SEARCHED_ROWS
-    return (queries[0] < least or rows[0] < fewest) and on and forced_backend() is None
+    return not native.isa().startswith("avx512") and on and forced_backend() is None
 
 
 def mining(embeddings: Any, *rest: Any) -> bool:

@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sentfast import native
 from sentfast.ops import search as ops
 from sentfast.search.results import Stats, best
 
 _CALL_PRODUCTS = 1 << 37  # multiply-adds of one operator call: half a second or less, so that a search can be stopped
 _GPU_CALL_PRODUCTS = 1 << 42
 _LEAST_QUERIES = 256
-_WORTH_PACKING = 64  # queries from which on packing rows for one search pays; with 32 both ways take as long
+# Queries from which on packing rows for one search pays, with instructions for products of bytes and without.
+_WORTH_PACKING = {"avx512_vnni": 192, "avx512_bf16": 192}
+_WORTH_PACKING_OTHERWISE = 512
 _SMALL = 1 << 22  # products of a search too small for that
 
 Excluded = tuple[Tensor, Tensor]
@@ -40,7 +43,8 @@ def segment(rows: Tensor, packed: ops.Packed | None, first: int = 0) -> Segment:
 
 def for_one_search(rows: Tensor, queries: int) -> Segment:
     """Rows that are searched once: packed if that takes less time than it saves, which it never does on a GPU."""
-    many = rows.is_cpu and queries >= _WORTH_PACKING and queries * rows.numel() >= _SMALL
+    least = _WORTH_PACKING.get(native.isa(), _WORTH_PACKING_OTHERWISE)
+    many = rows.is_cpu and queries >= least and queries * rows.numel() >= _SMALL
     return segment(rows, ops.pack(rows) if many and rows.shape[1] <= ops.MOST_INT8_DIMENSIONS else None)
 
 

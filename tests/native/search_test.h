@@ -65,7 +65,7 @@ struct PackedRows {
         }
         close("search, residual", out[kSearchResidual * kSearchPanel + j], std::sqrt(off), 1e-5);
       }
-      kernel.panel(lines.get(), size, words(dim), kSearchFlip[format], codes.get() + first * words(dim));
+      kernel.panel(lines.get(), words(dim), size, words(dim), kSearchFlip[format], codes.get() + first * words(dim));
     }
   }
   int64_t words(int64_t dim) const { return (dim + kSearchGroup[format] - 1) / kSearchGroup[format]; }
