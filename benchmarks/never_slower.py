@@ -173,7 +173,7 @@ def keep_freed_memory() -> None:
 def run_here(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The cells in this process, with the kernels that it has."""
     keep_freed_memory()
-    chosen = [cell for cell in cells() if cell.quick or not options.quick]
+    chosen = [cell for cell in cells(options.seed) if cell.quick or not options.quick]
     chosen = [cell for cell in chosen if not options.only or any(part in cell.name for part in options.only)]
     rows: dict[str, dict[str, Any]] = {}
     for count in options.threads:
@@ -195,6 +195,7 @@ def run_tiers(options: argparse.Namespace, tiers: Sequence[str]) -> dict[str, di
             path = Path(folder) / "rows.json"
             threads = map(str, options.threads)
             command = [sys.executable, __file__, *options.only, "--here", "--output", str(path), "--threads", *threads]
+            command += ["--seed", str(options.seed)]
             subprocess.run(command, env={**os.environ, **held, "SENTFAST_CPU_ISA": tier}, check=False)
             found[tier] = json.loads(path.read_text())
     return found
@@ -231,6 +232,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the short form: less than a minute, wide bounds")
     parser.add_argument("--crowded", action="store_true", help="the short form, with more work than cores")
     parser.add_argument("--threads", type=int, nargs="*", default=[1], help="default 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the sizes that are drawn")
     parser.add_argument("--tiers", nargs="*", help="instruction sets to force; default all but scalar")
     parser.add_argument("--here", action="store_true", help="in this process, with its kernels; what --tiers runs")
     parser.add_argument("--output", type=Path, help="write here instead of results/<machine>-never-slower.json")

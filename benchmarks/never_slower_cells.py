@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def _pairs() -> Iterator[Cell]:
 
 def _searches() -> Iterator[Cell]:
     sizes = ((1, 10), (1, 1000), (1, 10000), (1, 100000), (10, 20000), (16, 10000), (63, 10000), (64, 1000))
-    sizes += ((100, 1000), (500, 5000), (1000, 1000))
+    sizes += ((100, 1000), (100, 10000), (500, 5000), (1000, 1000))
     quick = {(1, 1000, 384), (100, 1000, 384), (10, 20000, 8), (64, 1000, 384)}
     for (queries, rows), width in itertools.product(sizes, (2, 8, 16, 32, 64, 384, 1024)):
         make = _util("semantic_search", (queries, width), (rows, width))
@@ -95,6 +96,28 @@ def _searches() -> Iterator[Cell]:
         yield Cell(f"paraphrase_mining_embeddings {rows} x {width}", make, (rows, width) == (100, 384))
         make = _util("community_detection", (rows, width), threshold=0.75, min_community_size=2)
         yield Cell(f"community_detection {rows} x {width}", make, (rows, width) == (500, 384))
+
+
+def _drawn(seed: int) -> Iterator[Cell]:
+    """Sizes that nobody has thought of, each power of two as likely as the next."""
+    draw = random.Random(seed)
+
+    def size(most: int) -> int:
+        return int(2 ** draw.uniform(0, math.log2(most)))
+
+    for function, count in (
+        ("semantic_search", 24),
+        ("cos_sim", 8),
+        ("dot_score", 8),
+        ("paraphrase_mining_embeddings", 4),
+    ):
+        for _ in range(count):
+            width, many = size(1024), size(40_000)
+            few = size(min(many, 20_000_000 // many, 1000))
+            pair = function != "paraphrase_mining_embeddings"
+            operands = [(few, width), (many, width)] if pair else [(size(2000), width)]
+            name = " x ".join(map(str, [*(rows for rows, _ in operands), width]))
+            yield Cell(f"{function} {name}, drawn", _util(function, *operands))
 
 
 def _pooling() -> Iterator[Cell]:
@@ -237,5 +260,8 @@ def handed_over() -> dict[str, tuple[Callable, Callable, tuple[Any, ...]]]:
     return found
 
 
-def cells() -> list[Cell]:
-    return [*_matrices(), *_pairs(), *_searches(), *_pooling(), *_losses(), *_encoding(), *_halves(), *_training()]
+def cells(seed: int = 0) -> list[Cell]:
+    """The same on every run, but those whose sizes are drawn."""
+    fixed = [*_matrices(), *_pairs(), *_searches(), *_pooling(), *_losses(), *_encoding(), *_halves(), *_training()]
+    names = {cell.name for cell in fixed}
+    return [*fixed, *{cell.name: cell for cell in _drawn(seed) if cell.name not in names}.values()]
