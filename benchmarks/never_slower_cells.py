@@ -102,8 +102,8 @@ def _drawn(seed: int) -> Iterator[Cell]:
     """Sizes that nobody has thought of, each power of two as likely as the next."""
     draw = random.Random(seed)
 
-    def size(most: int) -> int:
-        return int(2 ** draw.uniform(0, math.log2(most)))
+    def size(most: int, least: int = 1) -> int:
+        return int(2 ** draw.uniform(math.log2(least), math.log2(most)))
 
     for function, count in (
         ("semantic_search", 24),
@@ -112,7 +112,7 @@ def _drawn(seed: int) -> Iterator[Cell]:
         ("paraphrase_mining_embeddings", 4),
     ):
         for _ in range(count):
-            width, many = size(1024), size(40_000)
+            width, many = size(1024, least=2), size(40_000)
             few = size(min(many, 20_000_000 // many, 1000))
             pair = function != "paraphrase_mining_embeddings"
             operands = [(few, width), (many, width)] if pair else [(size(2000), width)]

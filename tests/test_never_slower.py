@@ -65,13 +65,13 @@ def test_slower_calls_are_found(
     ratios = [draw.uniform(0.2, 0.98 * bound), draw.uniform(1.02 * bound, 3)]
     names = ["slower", "faster"]
     made = [clock.cell(name, stock, stock / ratio) for name, ratio in zip(names, ratios, strict=True)]
-    monkeypatch.setattr(never_slower, "cells", lambda: made)
+    monkeypatch.setattr(never_slower, "cells", lambda seed: made)
     path = tmp_path / "cells.json"
     how = ["--quick" if quick else "--here", "--output", str(path)]
     assert never_slower.main(how) == 1
     assert capsys.readouterr().out.count("FAILS  slower, 1 thread") == 2  # as it comes, and at the end
     assert sentfast.is_enabled()
-    monkeypatch.setattr(never_slower, "cells", lambda: made[1:])
+    monkeypatch.setattr(never_slower, "cells", lambda seed: made[1:])
     assert never_slower.main(how) == 0
     row = json.loads(path.read_text())["faster, 1 thread"]
     assert row["ratio"] == pytest.approx(ratios[1]) and not row["fails"]
@@ -183,6 +183,9 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
         ("dot_score", few, some, wide, few * some < gain.LEAST_SCORES),
         ("dot_score", many, 128, thin, True),
         ("dot_score", many, 128, wide, False),
+        ("dot_score", gain.LEAST_SCORES, gain.LEAST_ROWS - 1, wide, True),
+        ("dot_score", gain.LEAST_SCORES, gain.LEAST_ROWS, wide, False),
+        ("semantic_search", 1, 200, 1, True),
         ("pairwise_dot_score", gain.LEAST_NUMBERS // thin - 1, gain.LEAST_NUMBERS // thin - 1, thin, True),
         ("pairwise_dot_score", gain.LEAST_NUMBERS // thin + 1, gain.LEAST_NUMBERS // thin + 1, thin, False),
         (
@@ -204,6 +207,7 @@ def test_small_calls_run_the_original(seed: int, monkeypatch: pytest.MonkeyPatch
         ("semantic_search", draw.randint(2, 30), gain.LEAST_SEARCHED_ROWS, wide, False),
         ("paraphrase_mining_embeddings", draw.randint(2, gain.LEAST_MINED_ROWS - 1), 0, wide, True),
         ("paraphrase_mining_embeddings", gain.LEAST_MINED_ROWS + few, 0, wide, False),
+        ("paraphrase_mining_embeddings", gain.LEAST_MINED_ROWS + few, 0, gain.WIDE, True),
     ]
     for function, first, second, width, original in cases:
         rows = [torch.randn(count, width) for count in (first, second) if count]
@@ -245,6 +249,7 @@ def test_small_matrices_are_known_by_their_numbers(monkeypatch: pytest.MonkeyPat
         sizes = [int(2 ** draw.uniform(0, 10)) for _ in range(2)]
         width = draw.choice([gain.LEAST_COLUMNS - 1, gain.LEAST_COLUMNS, int(2 ** draw.uniform(0, 11))])
         small = sizes[0] * sizes[1] < gain.LEAST_SCORES or width < gain.LEAST_COLUMNS
+        small |= min(sizes) < gain.LEAST_ROWS and width < gain.LEAST_WIDE_COLUMNS
         # Of the same memory, as nothing is read.
         a, b = (torch.empty(1).expand(count, width) for count in sizes)
         assert gain.dot_score(a, b) is small, (sizes, width)
@@ -270,7 +275,10 @@ def test_a_cpu_with_tiles_multiplies_bfloat16_itself(old: bool, monkeypatch: pyt
     monkeypatch.setattr(gain, "forced_backend", lambda: None)
     monkeypatch.setattr(guards, "forced", lambda: False)
     width, least = draw.randint(gain.LEAST_COLUMNS, 80), similarity.LEAST_TILED_ROWS
-    few, many = draw.randint(2, least - 1), draw.randint(gain.LEAST_SCORES // least, 2 * gain.LEAST_SCORES // least)
+    few, many = (
+        draw.randint(gain.LEAST_ROWS, least - 1),
+        draw.randint(gain.LEAST_SCORES // least, 2 * gain.LEAST_SCORES // least),
+    )
     single, half = torch.float32, torch.bfloat16
     dtypes = [
         (single, None),

@@ -291,25 +291,30 @@ void by_tiles(const Matrix& m, const Block& block, void* memory) {
   }
 }
 
-// Few rows or few columns: dot products straight from memory, the long side once.
+// Few rows or few columns: dot products straight from memory, the long side once, in strips that stay in the first cache.
 template <class A, class B>
 void by_rows(const Matrix& m, const Block& block) {
-  for (int64_t i = block.row_begin; i < block.row_end; ++i) {
-    const A* a = static_cast<const A*>(m.a.data) + i * m.a.stride_row;
-    const float scale_a = m.norm_a != nullptr ? 1.0f / at_least(m.norm_a[i], m.eps) : 1.0f;
-    for (int64_t j = block.column_begin; j < block.column_end; ++j) {
-      const B* b = static_cast<const B*>(m.b.data) + j * m.b.stride_row;
-      float value = rows::dot(a, b, m.depth);
-      if (m.norm_b != nullptr) value = value * scale_a * (1.0f / at_least(m.norm_b[j], m.eps));
-      float& c = m.c[i * m.stride_c + j];
-      c = m.add ? c + value : value;
+  constexpr int64_t kStrip = 4096;  // numbers
+  const int64_t strip = m.depth < kStrip ? kStrip / (m.depth > 0 ? m.depth : 1) : 1;
+  for (int64_t begin = block.column_begin; begin < block.column_end; begin += strip) {
+    const int64_t end = block.column_end - begin < strip ? block.column_end : begin + strip;
+    for (int64_t i = block.row_begin; i < block.row_end; ++i) {
+      const A* a = static_cast<const A*>(m.a.data) + i * m.a.stride_row;
+      const float scale_a = m.norm_a != nullptr ? 1.0f / at_least(m.norm_a[i], m.eps) : 1.0f;
+      for (int64_t j = begin; j < end; ++j) {
+        const B* b = static_cast<const B*>(m.b.data) + j * m.b.stride_row;
+        float value = rows::dot(a, b, m.depth);
+        if (m.norm_b != nullptr) value = value * scale_a * (1.0f / at_least(m.norm_b[j], m.eps));
+        float& c = m.c[i * m.stride_c + j];
+        c = m.add ? c + value : value;
+      }
     }
   }
 }
 
 template <class Step, class A, class B>
 void block(const Matrix& m, const Block& block, void* memory) {
-  const bool few = m.rows <= kFewRows || m.columns <= kFewRows;
+  const bool few = (m.rows < m.columns ? m.rows : m.columns) <= few_rows(m.depth);
   if (few && m.a.stride_column == 1 && m.b.stride_column == 1) {
     by_rows<A, B>(m, block);
   } else {

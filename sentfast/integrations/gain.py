@@ -21,8 +21,10 @@ TOO_SMALL = "SF132"
 on = not RUN_ALL
 
 # A matrix of scores without norms is one call of a library. Of fewer scores it is done before ours is reached, and of
-# narrower rows it is written, not computed.
+# narrower rows it is written, not computed. With few rows on one side the other is read, no more, unless its rows are
+# wide, which the library packs first.
 LEAST_SCORES, LEAST_COLUMNS = 1 << 16, 64
+LEAST_ROWS, LEAST_WIDE_COLUMNS = 16, 256
 # Ours saves a pass over both sides for their norms, which takes longer than the library's where they are this narrow
 # and there are this many, and counts for nothing beside the writing of as many scores. With AVX2 so narrow halves are
 # turned into numbers one by one.
@@ -37,8 +39,12 @@ LEAST_NUMBERS, LEAST_DISTANCE_NUMBERS = 1 << 15, 1 << 13
 # Several queries over fewer rows, without vectors of 512 bits: most time goes to pairs that enter the k best only until
 # better ones come.
 LEAST_SEARCHED_ROWS = 4096
-# Of fewer rows the original has its pairs before ours has set up a search.
-LEAST_MINED_ROWS = 32
+# Of one number the cosines are 1 and -1, and all that are equal have to be told apart.
+LEAST_SEARCHED_COLUMNS = 2
+# Of fewer rows the original has its pairs before ours has set up a search. Of fewer wide rows, without vectors of 512
+# bits, too many pairs are among the best of a row to leave many out.
+LEAST_MINED_ROWS = 48
+LEAST_MINED_WIDE_ROWS, WIDE = 8192, 512
 
 
 def dot_score(a: Any, b: Any) -> bool:
@@ -51,14 +57,18 @@ def dot_score(a: Any, b: Any) -> bool:
             count, width = a.shape
         except (ValueError, RuntimeError):  # other than two dimensions; nested tensors have no shape
             return False
-        small = width < LEAST_COLUMNS or count * b.numel() < LEAST_SCORES * width
-        return small and on and forced_backend() is None
+        return _product_is_small(count, b.numel() // width if width else 0, width) and on and forced_backend() is None
     rows, others = _sizes(a), _sizes(b)
     if len(rows) != 2 or len(others) != 2:
         return False
     plain = TILES and str(a.dtype).endswith("float32")
-    small = rows[0] * others[0] < LEAST_SCORES or rows[1] < LEAST_COLUMNS or plain
-    return small and on and forced_backend() is None
+    return (plain or _product_is_small(rows[0], others[0], rows[1])) and on and forced_backend() is None
+
+
+def _product_is_small(rows: int, others: int, width: int) -> bool:
+    if rows * others < LEAST_SCORES or width < LEAST_COLUMNS:
+        return True
+    return min(rows, others) < LEAST_ROWS and width < LEAST_WIDE_COLUMNS
 
 
 def cos_sim(a: Any, b: Any) -> bool:
@@ -91,15 +101,23 @@ pairwise_euclidean_sim = _of_fewer_numbers(LEAST_DISTANCE_NUMBERS)
 def semantic_search(query_embeddings: Any, corpus_embeddings: Any, *rest: Any) -> bool:
     """The best rows of each query."""
     queries, rows = _sizes(query_embeddings), _sizes(corpus_embeddings)
-    if len(queries) != 2 or len(rows) != 2 or queries[0] < 2 or rows[0] >= LEAST_SEARCHED_ROWS:
+    if len(queries) != 2 or len(rows) != 2:
         return False
-    return not native.isa().startswith("avx512") and on and forced_backend() is None
+    few = queries[0] > 1 and rows[0] < LEAST_SEARCHED_ROWS and not _wide_vectors()
+    return (few or rows[1] < LEAST_SEARCHED_COLUMNS) and on and forced_backend() is None
 
 
 def mining(embeddings: Any, *rest: Any) -> bool:
     """The best pairs of all rows, or their communities."""
     rows = _sizes(embeddings)
-    return len(rows) == 2 and rows[0] < LEAST_MINED_ROWS and on and forced_backend() is None
+    if len(rows) != 2 or rows[0] >= LEAST_MINED_WIDE_ROWS:
+        return False
+    small = rows[0] < LEAST_MINED_ROWS or (rows[1] >= WIDE and not _wide_vectors())
+    return small and on and forced_backend() is None
+
+
+def _wide_vectors() -> bool:
+    return native.isa().startswith("avx512")
 
 
 def _sizes(x: Any) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ void test_matrix(bool scaled) {
   const bool few = integer(0, 3) == 0;
   const int64_t rows = few ? integer(1, kFewRows) : integer(1, 110);
   const int64_t columns = few ? integer(1, 300) : integer(1, 280),
-                depth = integer(0, 3) == 0 ? integer(500, 530) : integer(0, 40);
+                depth = integer(0, 3) == 0 ? integer(500, 530) : integer(0, few ? 300 : 40);
   const RandomOperand<A> a(rows, depth);
   const RandomOperand<B> b(columns, depth);
   const Buffer<float> c(rows * columns), norm_a(rows), norm_b(columns);
