@@ -7,9 +7,10 @@ failing case is shrunk. Convention: the first option, the lowest number and Fals
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +37,7 @@ class Draw:
         side: "stock", "exact" (stock in float64) or "ours".
         values: what was drawn, by name, for the report of a failure.
         simple: names of the draws that are replaced by their simplest value.
+        within: what the names of draws begin with, so that a step of a case has draws of its own.
         coarse: stock computes in bfloat16 whatever the dtype of its results says (autocast).
         raised: how many of the attempted calls raised.
     """
@@ -43,11 +45,13 @@ class Draw:
     def __init__(self, seed: int, number: int, side: str = "stock", simple: frozenset[str] = frozenset()):
         self.seed, self.number, self.side, self.simple = seed, number, side, simple
         self.values: dict[str, Any] = {}
+        self.within = ""
         self.coarse = False
         self.raised = 0
         self.attempted = 0
         self._names: Counter[str] = Counter()
         self._undo: list[Callable[[], None]] = []
+        self._patched: list[Callable[[], None]] = []
 
     @property
     def exact(self) -> bool:
@@ -60,6 +64,7 @@ class Draw:
     # Names and streams
 
     def _stream(self, name: str) -> tuple[str, random.Random]:
+        name = self.within + name
         self._names[name] += 1
         name = name if self._names[name] == 1 else f"{name}#{self._names[name]}"
         return name, random.Random(f"{self.seed}:{self.number}:{name}")
@@ -98,6 +103,15 @@ class Draw:
 
     def generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(self._stream(name)[1].randrange(2**62))
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Draws that no other step changes: when one is left out, the others stay as they are."""
+        self.within = f"{number}. "
+        try:
+            yield
+        finally:
+            self.within = ""
 
     # Tensors and modules
 
@@ -138,19 +152,24 @@ class Draw:
             return Raised(error)
 
     def patch(self, owner: Any, attribute: str, value: Any) -> None:
-        """Sets an attribute until the end of this run."""
+        """Sets an attribute until the end of this run, or until all patches are taken back."""
         own = vars(owner) if hasattr(owner, "__dict__") else {}
         if attribute in own:
             before = own[attribute]
-            self._undo.append(lambda: setattr(owner, attribute, before))
+            self._patched.append(lambda: setattr(owner, attribute, before))
         else:
-            self._undo.append(lambda: delattr(owner, attribute))
+            self._patched.append(lambda: delattr(owner, attribute))
         setattr(owner, attribute, value)
+
+    def unpatch(self) -> None:
+        while self._patched:
+            self._patched.pop()()
 
     def finally_(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
 
     def close(self) -> None:
+        self.unpatch()
         while self._undo:
             self._undo.pop()()
 

@@ -86,6 +86,9 @@ ROADS: dict[str, Any] = {
 }
 
 
+ALL_ROADS = (*ROADS, "swap", "load_state_dict", "half and back", "requires_grad", "tensor swap")
+
+
 def part(draw: Draw, p: torch.Tensor) -> torch.Tensor:
     """The parameter with new numbers in a part of it."""
     new = p.detach().clone()
@@ -108,12 +111,12 @@ def part(draw: Draw, p: torch.Tensor) -> torch.Tensor:
     return new
 
 
-def edit_weight(draw: Draw, base: Any, kind: str) -> Any:
+def edit_weight(draw: Draw, base: Any, kind: str, roads: tuple[str, ...] = ALL_ROADS) -> Any:
     named = [(name, p) for name, p in base.named_parameters() if p.numel()]
     name, parameter = named[draw.integer("parameter", 0, 10**6) % len(named)]
     draw.values["parameter's name"] = name
     new = part(draw, parameter)
-    road = draw.one_of("road", (*ROADS, "swap", "load_state_dict", "half and back", "requires_grad", "tensor swap"))
+    road = draw.one_of("road", roads)
     owner_path, _, attribute = name.rpartition(".")
     owner = base.get_submodule(owner_path)
     if road == "swap":

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 # In turn, by the number of the case; those that take a hundredth of the time come twice.
 TURNS = (
     *("models", "modules", "pipelines", "similarity", "encode", "operators", "encoders"),
-    *("search", "losses", "modules", "edits", "similarity", "edits", "operators"),
+    *("search", "losses", "modules", "edits", "similarity", "edits", "operators", "programs"),
 )
 FAMILIES = tuple(sorted(set(TURNS)))
 LIMIT = 150  # seconds without a word from a worker

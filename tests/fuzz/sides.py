@@ -101,6 +101,7 @@ def _stock(draw: Draw) -> Iterator[None]:
         assert not switch.patched(), f"disable() has left {switch.patched()}"
         yield
     finally:
+        draw.unpatch()  # what others have patched is left alone, with a warning
         sentfast.enable()
 
 
