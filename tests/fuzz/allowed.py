@@ -20,7 +20,8 @@ class Allowance(NamedTuple):
 # Warnings that say nothing about a result: PyTorch mentions an algorithm, or gives a warning once in a process.
 _HARMLESS = re.compile(
     "^warning: .*(deterministic|TypedStorage|Sparse CSR tensor support|Sparse invariant checks"
-    "|use_cache=True` is incompatible with gradient checkpointing|None of the inputs have requires_grad=True)"
+    "|use_cache=True` is incompatible with gradient checkpointing|None of the inputs have requires_grad=True"
+    "|do not obey the gradient layout contract)"
 )
 
 ALLOWED = {
