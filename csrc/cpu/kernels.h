@@ -137,8 +137,8 @@ constexpr int64_t kBlockDepth = 512;
 // Bytes of scratch of matrix_block: the packed operands (plus alignment).
 constexpr int64_t kMatrixScratch =
     (kBlockColumns * kBlockDepth + kBlockRows * (kBlockDepth + 16) + kBlockColumns) * 4 + 64;
-// Matrices at most this wide or high may be computed row by row, without packing; narrow rows, whose sums are made one by
-// one, only where fewer of them are to be read again.
+// Matrices at most this wide or high may be computed row by row, without packing; narrow rows, whose sums are made one
+// by one, only where fewer of them are to be read again.
 constexpr int64_t kFewRows = 6;
 inline int64_t few_rows(int64_t depth) { return depth / 48 < kFewRows ? depth / 48 : kFewRows; }
 

@@ -291,7 +291,7 @@ void by_tiles(const Matrix& m, const Block& block, void* memory) {
   }
 }
 
-// Few rows or few columns: dot products straight from memory, the long side once, in strips that stay in the first cache.
+// Few rows or few columns: dot products straight from memory, the long side once, in strips for the first cache.
 template <class A, class B>
 void by_rows(const Matrix& m, const Block& block) {
   constexpr int64_t kStrip = 4096;  // numbers

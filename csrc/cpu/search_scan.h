@@ -197,7 +197,7 @@ class SearchScanner {
     flush(list, found, end);
   }
 
-  // Rows become floats relative to the center, or without one stay what they are, and their factors those of such codes.
+  // Rows become floats relative to the center, and stay what they are where there is none.
   const uint32_t* float_panel(int64_t row, int64_t rows) {
     const int64_t dim = rows_.dim, stride = corpus_.rows.stride;
     const float* first = corpus_.rows.data + row * stride;
