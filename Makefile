@@ -101,7 +101,7 @@ gpu-bench:  ## the benchmarks on a GPU; at most nine minutes
 	bash benchmarks/gpu.sh bench
 
 clean:  ## remove everything that was made
-	rm -rf .venv build sentfast/*.so sentfast/_build.json
+	rm -rf .venv build dist sentfast.egg-info sentfast/*.so sentfast/_build.json
 
 .PHONY: help setup build demo test ptx emulators emulate fuzz fuzz-native clang installs lint format bench never-slower soak report
 .PHONY: gpu gpu-test gpu-bench clean

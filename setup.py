@@ -234,7 +234,10 @@ class Ninja:
                 if "error" in line.lower() or "undefined" in line:
                     errors.append(line.strip())
         if process.returncode:
-            first = errors[0][:400] if errors else f"ninja ended with {process.returncode}"
+            silent = (
+                f"ninja ended with {process.returncode}, and the compiler ({os.environ.get('CXX', 'CXX is not set')})"
+            )
+            first = errors[0][:400] if errors else f"{silent} said nothing"
             raise NoKernelsError(f"compiling failed: {first}")
 
 
@@ -257,6 +260,9 @@ class BuildLibraries(build_ext):
         in_place = self.inplace or self.editable_mode
         self.package = ROOT / "sentfast" if in_place else Path(self.build_lib).resolve() / "sentfast"
         self.package.mkdir(parents=True, exist_ok=True)
+        if not in_place:  # what an earlier build has left there would be installed beside a note that this one failed
+            for library in (*self.package.glob("_C*"), *self.package.glob("_cuda.so")):
+                library.unlink()
         # Who calls this command by name, or says SENTFAST_NO_EXT=0, wants the libraries and nothing else.
         must = (self.inplace and not self.editable_mode) or os.environ.get("SENTFAST_NO_EXT") == "0"
         try:
@@ -274,7 +280,7 @@ class BuildLibraries(build_ext):
             raise NoKernelsError(f"no PyTorch to build against: expected {TORCH} beside this package")
         missing = [name for name in ("ninja", "pybind11") if importlib.util.find_spec(name) is None]
         if missing:
-            raise NoKernelsError(f"no {' and no '.join(missing)} to build with; pip install {' '.join(missing)}")
+            raise NoKernelsError(f"no {' and no '.join(missing)} to build with")
         self.torch = torch
         self.temporary = Path(self.build_temp).resolve()
         self.torch_flags = torch_flags(torch)

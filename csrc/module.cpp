@@ -89,6 +89,9 @@ std::map<std::string, double> encoder_profile(bool enabled) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  // An unusable SENTFAST_CPU_ISA is an error at import, not at the first call, and before there is a type, which could
+  // not be made again.
+  isa();
   m.def("isa", [] { return std::string(isa_name(isa())); });
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"));
   m.def("supported_isas", &supported_isas);
@@ -97,5 +100,4 @@ PYBIND11_MODULE(_C, m) {
         py::arg("seconds"));
   m.def("encoder_profile", &encoder_profile, py::arg("enabled"));
   define_watch(m);
-  isa();  // an unusable SENTFAST_CPU_ISA is an error at import, not at the first call
 }

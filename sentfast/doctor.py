@@ -171,8 +171,13 @@ def _libraries(missing: list[str], broken: list[str], stock: list[str]) -> dict[
         broken.append(f"{reasons['cpu']}. Mend it with: {install.remedy()}")
     elif reasons["cpu"]:
         without_cpu.append(f"{reasons['cpu']}. {native.advice()}")
+    elif native.cpu_isa() == "scalar" and len(native.supported_cpu_isas()) > 1:
+        missing.append(
+            "the scalar kernels run because SENTFAST_CPU_ISA asks for them, several times slower than the original; "
+            f"this CPU has {native.supported_cpu_isas()[-1]}: unset it"
+        )
     elif native.cpu_isa() == "scalar":
-        without_cpu.append(_why_scalar(native.supported_cpu_isas()))
+        without_cpu.append("this CPU has no instruction set that there are fast kernels for")
     elif not native.state.products:
         missing.append(
             f"the encoder and matrices of scores run the original code: the kernels of {native.cpu_isa()} were never "
@@ -186,13 +191,6 @@ def _libraries(missing: list[str], broken: list[str], stock: list[str]) -> dict[
         if reasons["triton"]:
             missing.append(f"{reasons['triton']}. Add it with: python -m pip install triton")
     return {name: reason or "loaded" for name, reason in reasons.items()}
-
-
-def _why_scalar(supported: tuple[str, ...]) -> str:
-    """Why the plain kernels are in use: asked for, or there is no better instruction set."""
-    if len(supported) > 1:
-        return f"the scalar kernels are in use though this CPU has {supported[-1]}: unset SENTFAST_CPU_ISA"
-    return "this CPU has no instruction set that there are fast kernels for"
 
 
 def _machine() -> dict[str, Any]:
@@ -252,7 +250,10 @@ def _patched(missing: list[str], broken: list[str], stock: list[str]) -> list[st
     from sentfast import switch
 
     if not _installed(switch.TARGET):
-        missing.append("sentence-transformers is not installed: python -m pip install sentence-transformers")
+        stock.append(
+            "sentence-transformers is not installed, so only the operators themselves run: "
+            "python -m pip install sentence-transformers"
+        )
         return []
     if not switch.is_enabled():
         by = "SENTFAST_DISABLE is set" if os.environ.get("SENTFAST_DISABLE", "0") not in ("", "0") else "disable()"

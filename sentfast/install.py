@@ -115,7 +115,7 @@ def remedy() -> str:
     origin = source()
     if "+" in origin.partition(":")[0]:  # pip keeps what it has built of a commit, also what failed
         return f"{_PIP} --no-cache-dir {shlex.quote(origin)}"
-    return f"{_PIP} {shlex.quote(origin)}" if origin else f"{_PIP} . in a clone of sentfast"
+    return f"{_PIP} {shlex.quote(origin)}" if origin else f"{_PIP} PATH, a clone of sentfast"
 
 
 def compiler() -> str:
