@@ -47,6 +47,15 @@ def rows_with_ties(count: int = 150, dim: int = 20) -> torch.Tensor:
 # ---- topk ----------------------------------------------------------------------------------------------------------
 
 
+def test_rows_that_are_searched_once_are_packed_where_it_pays(monkeypatch):
+    monkeypatch.setattr(segments, "_SMALL", 0)
+    for isa, least in (("avx2", 512), ("avx512", 512), ("avx512_vnni", 192), ("avx512_bf16", 192)):
+        monkeypatch.setattr(segments.native, "isa", lambda isa=isa: isa)
+        for queries, width in ((least - 1, 8), (least, 8), (least, 7)):
+            packed = segments.for_one_search(torch.randn(3, width), queries).packed is not None
+            assert packed is (queries == least and width == 8), (isa, queries, width)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("k", [1, 9, 150])
 def test_topk(metric, k):

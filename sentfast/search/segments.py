@@ -18,6 +18,7 @@ _LEAST_QUERIES = 256
 # Queries from which on packing rows for one search pays, with instructions for products of bytes and without.
 _WORTH_PACKING = {"avx512_vnni": 192, "avx512_bf16": 192}
 _WORTH_PACKING_OTHERWISE = 512
+_NARROWEST = 8  # columns; codes of fewer tell too few rows apart
 _SMALL = 1 << 22  # products of a search too small for that
 
 Excluded = tuple[Tensor, Tensor]
@@ -44,7 +45,7 @@ def segment(rows: Tensor, packed: ops.Packed | None, first: int = 0) -> Segment:
 def for_one_search(rows: Tensor, queries: int) -> Segment:
     """Rows that are searched once: packed if that takes less time than it saves, which it never does on a GPU."""
     least = _WORTH_PACKING.get(native.isa(), _WORTH_PACKING_OTHERWISE)
-    many = rows.is_cpu and queries >= least and queries * rows.numel() >= _SMALL
+    many = rows.is_cpu and queries >= least and queries * rows.numel() >= _SMALL and rows.shape[1] >= _NARROWEST
     return segment(rows, ops.pack(rows) if many and rows.shape[1] <= ops.MOST_INT8_DIMENSIONS else None)
 
 
