@@ -231,7 +231,7 @@ def cpu_isa(name: str | None = None) -> str:
             raise TypeError(f"cpu_isa: expected the name of an instruction set, got {type(name).__name__}")
         state.cpu.set_isa(name)
         _trust(asked=True)
-    return state.cpu.isa()
+    return isa()
 
 
 def supported_cpu_isas() -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import functools
 import pickle
 import types
 
+import process_settings
 import torch
 import torch.nn.functional as F
 from hostile_common import TEXTS, InapplicableError, Negative, base, collect, linears, one, part, scaled, skewed
@@ -56,18 +57,8 @@ def gradient_mode(model, patch):
     return one([torch.inference_mode, torch.no_grad, torch.enable_grad])()
 
 
-@contextlib.contextmanager
-def default_dtype_of(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def default_dtype(model, patch):
-    return default_dtype_of(one([torch.float64, torch.bfloat16]))
+    return process_settings.default_dtype(one([torch.float64, torch.bfloat16]))
 
 
 @contextlib.contextmanager

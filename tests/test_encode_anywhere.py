@@ -13,6 +13,7 @@ import pytest
 import torch
 from backends import BACKEND
 from encode_cases import FUSED, KINDS, PROMPTS, TEXTS, check, needs_fused, needs_native, ran
+from process_settings import threads
 from sentence_transformers import SentenceTransformer, models
 from tiny_models import HIDDEN, VERSION, build, texts
 
@@ -31,21 +32,17 @@ def test_bits_do_not_depend_on_the_batch(makers, paths, kind):
         model = build(paths["bert"], models.Dense(HIDDEN, 21, activation_function=torch.nn.GELU()), models.Normalize())
     else:
         model = makers[kind]()
-    threads = torch.get_num_threads()
     expected = model.encode(TEXTS)
     order = np.random.default_rng(0).permutation(len(TEXTS))
-    try:
-        with ran("encoder"):
-            for number in (1, 2, 3):
-                torch.set_num_threads(number)
+    with ran("encoder"):
+        for number in (1, 2, 3):
+            with threads(number):
                 assert np.array_equal(model.encode([TEXTS[i] for i in order])[np.argsort(order)], expected)
                 for batch_size in (1, 2, 7):
                     assert np.array_equal(model.encode(TEXTS, batch_size=batch_size), expected)
                 for text, row in zip(TEXTS, expected, strict=True):
                     assert np.array_equal(model.encode(text), row)
                 assert np.array_equal(model.encode(texts(50, seed=9) + TEXTS)[50:], expected)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def bits(model, inputs=TEXTS):
@@ -94,9 +91,7 @@ def _child(queue, model, backend):
 
 @pytest.mark.parametrize("method", ["fork"])
 def test_process_after_use(makers, method):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # PyTorch's own threads do not outlive a fork
-    try:
+    with threads(1):  # PyTorch's own threads do not outlive a fork
         model = makers["bert"]()
         expected = bits(model)
         context = multiprocessing.get_context(method)
@@ -106,8 +101,6 @@ def test_process_after_use(makers, method):
         process.join(100)
         assert process.exitcode == 0
         assert queue.get() == expected
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Dataset(torch.utils.data.Dataset):
@@ -124,10 +117,8 @@ class _Dataset(torch.utils.data.Dataset):
 
 def test_data_loader_workers(makers):
     model = makers["bert"]()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the workers
-    expected = [model.encode(TEXTS[i : i + 3]) for i in range(6)]
-    torch.set_num_threads(threads)
+    with threads(1):  # as in the workers
+        expected = [model.encode(TEXTS[i : i + 3]) for i in range(6)]
     loader = torch.utils.data.DataLoader(_Dataset(model), batch_size=None, num_workers=2, timeout=60)
     for result, row in zip(loader, expected, strict=True):
         np.testing.assert_array_equal(result.numpy(), row)

@@ -6,9 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from accuracy import ROUNDINGS, assert_accurate
 from backends import BACKENDS, Backend
 from encoder_cases import CASES, CLS, MAX, MEAN, MODERN, VOCABULARY, Batch, Config, Model, packed, random_batch
+from process_settings import threads
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -85,16 +85,6 @@ def test_values(name: str, panels: torch.dtype) -> None:
 
 
 # ---- bits ----
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def alone(model: Model, sequences: Sequence[Tensor], **options: Any) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from encode_cases import TEXTS, check, ran
+from process_settings import threads
 from sentence_transformers import SentenceTransformer, models
 from tiny_models import save_base
 
@@ -26,10 +27,8 @@ LONG_TEXTS = [*TEXTS[:3], "weather in the passage " * 30]
 @pytest.fixture
 def one_thread():
     """Beside the other processes of a test run, threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 def build(folder, kind, sizes, max_length, *tail):

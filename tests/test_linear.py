@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from backends import BACKENDS, Backend
+from process_settings import threads
 from torch import Tensor
 
 import sentfast
@@ -123,14 +124,10 @@ def test_nothing_to_multiply_and_nan() -> None:
 @pytest.mark.skipif(not native.cpu_loaded(), reason="no compiled library")
 def test_bits_depend_on_neither_threads_nor_other_rows() -> None:
     x, weight = torch.randn(401, 700), torch.randn(70, 700)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
             results.append(F.linear(x, weight))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results)
     assert torch.equal(F.linear(x[200:], weight), results[0][200:])
 

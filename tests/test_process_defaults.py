@@ -8,7 +8,7 @@ from pathlib import Path
 import encoders
 import pytest
 import torch
-from hostile_surroundings import default_dtype_of
+from process_settings import default_dtype
 from sentence_transformers import util
 from test_faithful import difference, drawn
 
@@ -26,9 +26,9 @@ def surroundings():
 
 
 DEFAULTS = {
-    "bfloat16": lambda: default_dtype_of(torch.bfloat16),
-    "float16": lambda: default_dtype_of(torch.float16),
-    "float64": lambda: default_dtype_of(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "float64": lambda: default_dtype(torch.float64),
     "meta": lambda: torch.device("meta"),
 }
 

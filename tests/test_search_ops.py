@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backends import BACKENDS, Backend
+from process_settings import threads
 from torch import Tensor
 
 from sentfast import native, registry
@@ -415,25 +416,21 @@ def test_too_wide_bounds_fall_back() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 100])
 def test_threads_change_nothing(count: int) -> None:
-    corpus, threads = clusters(40000, 20), torch.get_num_threads()
+    corpus = clusters(40000, 20)
     queries, packed = clusters(count, 20), search.pack(corpus)
     corpus[::7] = corpus[3]
     packed = search.pack(corpus)
     found: list[Any] = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            with need_cpu().forced("search_topk", "search_pairs", "search_count"):
-                found.append(
-                    (
-                        search.topk(queries, corpus, packed, k=20)[:2],
-                        search.pairs_above(queries, corpus, packed, threshold=0.99)[:3],
-                        search.count_above(queries, corpus, packed, threshold=0.99)[:1],
-                        search.pack(corpus),
-                    )
+    for number in (1, 2, 3):
+        with threads(number), need_cpu().forced("search_topk", "search_pairs", "search_count"):
+            found.append(
+                (
+                    search.topk(queries, corpus, packed, k=20)[:2],
+                    search.pairs_above(queries, corpus, packed, threshold=0.99)[:3],
+                    search.count_above(queries, corpus, packed, threshold=0.99)[:1],
+                    search.pack(corpus),
                 )
-    finally:
-        torch.set_num_threads(threads)
+            )
     for other in found[1:]:
         for ours, theirs in zip(found[0], other, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -27,7 +27,7 @@ def compute_dtype(parts: Parts, precision: str) -> torch.dtype:
 
 def has_bf16() -> bool:
     """Whether the CPU kernels in use multiply bfloat16."""
-    return native.state.cpu is not None and native.state.cpu.isa() in ("avx512_bf16", "neon_bf16")
+    return native.isa() in ("avx512_bf16", "neon_bf16")
 
 
 def why_not_bfloat16(parts: Parts) -> str:

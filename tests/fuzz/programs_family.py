@@ -11,7 +11,7 @@ import contextvars
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import edits_family
@@ -23,9 +23,8 @@ from losses_family import loose
 from models_family import of_parameters
 from sentence_transformers import SentenceTransformer, losses
 from sentence_transformers.sentence_transformer import modules as st_modules
+from surroundings import context
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sentfast
 
@@ -58,6 +57,9 @@ class Program:
         if self.draw.ours:  # anew, since what was patched by others at the time was left alone
             sentfast.disable()
             sentfast.enable()
+        self.unhook()
+
+    def unhook(self) -> None:
         while self.hooks:
             self.hooks.pop().remove()
 
@@ -143,62 +145,6 @@ def two_at_once(program: Program) -> Any:
 def plain(x: Any) -> Any:
     """A result that is not changed by what comes later and holds no graph."""
     return (x.requires_grad, x.detach().clone()) if isinstance(x, torch.Tensor) else copy.copy(x)
-
-
-class Doubling(TorchFunctionMode):
-    """Doubles what `F.linear` gives, as a mode of the user's."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return 2 * out if func is nn.functional.linear else out
-
-
-class DoublingProducts(TorchDispatchMode):
-    """Doubles what the products of matrices give, below autograd."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return 2 * out if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) else out
-
-
-def halved_on_the_way() -> Any:
-    """What backward needs is kept as half as much, and doubled when it is asked for."""
-    return torch.autograd.graph.saved_tensors_hooks(
-        lambda x: x / 2 if x.is_floating_point() else x, lambda x: 2 * x if x.is_floating_point() else x
-    )
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-CONTEXTS: dict[str, Callable[[], Any]] = {
-    "none": contextlib.nullcontext,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "enable_grad": torch.enable_grad,
-    "default float64": lambda: default_dtype(torch.float64),
-    "device": lambda: torch.device("cpu"),
-    "function mode": Doubling,
-    "dispatch mode": DoublingProducts,
-    "kept elsewhere": halved_on_the_way,
-    "math attention": lambda: nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
-    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
-    "disabled": contextlib.nullcontext,
-}
-
-
-@contextlib.contextmanager
-def context(draw: Draw) -> Iterator[None]:
-    name = draw.one_of("context", tuple(CONTEXTS), p=0.3)
-    with sentfast.disabled() if name == "disabled" and draw.ours else CONTEXTS[name]():
-        yield
 
 
 # Training
@@ -308,8 +254,7 @@ def edit_weight(draw: Draw, base: nn.Module, kind: str) -> None:
 def unpatch(program: Program) -> None:
     """Everything that was patched is as before."""
     program.draw.unpatch()
-    while program.hooks:
-        program.hooks.pop().remove()
+    program.unhook()
 
 
 def global_hook(program: Program) -> None:
@@ -475,21 +420,9 @@ OURS = {"accelerate": accelerate, "refresh": refresh, "off": off, "on": on}
 # The first is the simplest; what stands twice is drawn twice as often. After a calm step our kernels run on.
 CALM: tuple[str, ...] = (
     *("nothing", "encode", "encode", "features", "features", "base", "two at once", "train", "train", "no gradients"),
-    *(
-        "gradient hook",
-        "checkpointing",
-        "deep copy",
-        "pickled",
-        "shared",
-        "same weights",
-        "edit",
-        "edit",
-        "freeze",
-        "mode",
-        "tail",
-        "settings",
-        *OURS,
-    ),
+    *("gradient hook", "checkpointing", "deep copy", "pickled", "shared", "same weights"),
+    *("edit", "edit", "freeze", "mode", "tail", "settings"),
+    *OURS,
 )
 WILD = (*CALM, "edit", "unpatch", "unpatch", "patch pipeline", "global hook", "layers", "reparametrize")
 STEPS: dict[str, Step] = {
